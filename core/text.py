@@ -28,8 +28,10 @@ class IncrementalDetokenizer:
         self._decode = tokenizer.backend_tokenizer.decode
         self._skipped = special_token_ids(tokenizer) if skip_special_tokens else frozenset[int]()
         self._window = self._context(prompt_token_ids)
-        self._read = len(self._window)
-        self._prefix_chars = len(self._text(self._window).rstrip(_REPLACEMENT))
+        text = self._text(self._window)
+        self._prefix_chars = len(text.rstrip(_REPLACEMENT))
+        self._read = len(self._window) if self._prefix_chars == len(text) else 0
+        self._num_held = 0
         self.num_chars = 0  # handed out so far: where the next token's text begins
 
     def push(self, token_id: int) -> str:
@@ -37,6 +39,7 @@ class IncrementalDetokenizer:
         if token_id in self._skipped:
             return ""
         self._window.append(token_id)
+        self._num_held += 1
         text = self._text(self._window)
         unfinished = text.endswith(_REPLACEMENT) or len(text) <= self._prefix_chars
         return "" if unfinished and self._num_held < _MAX_HELD_TOKENS else self._hand_out(text)
@@ -46,7 +49,7 @@ class IncrementalDetokenizer:
         return self._hand_out(self._text(self._window)) if self._num_held else ""
 
     def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The prompt's last tokens, as many as it takes to begin at the beginning of a character."""
+        """The prompt's last tokens, as many as it takes to begin where a character does."""
         context: list[int] = []
         for token_id in reversed(prompt_token_ids):
             if token_id in self._skipped:
@@ -59,10 +62,6 @@ class IncrementalDetokenizer:
                 break
         return context
 
-    @property
-    def _num_held(self) -> int:
-        return len(self._window) - self._read
-
     def _text(self, token_ids: Sequence[int]) -> str:
         text: str = self._decode(token_ids, skip_special_tokens=False)
         return text
@@ -71,6 +70,7 @@ class IncrementalDetokenizer:
         new_text = text[self._prefix_chars :]
         self._window = self._window[self._read :]
         self._read = len(self._window)
+        self._num_held = 0
         self._prefix_chars = len(self._text(self._window))
         self.num_chars += len(new_text)
         return new_text
