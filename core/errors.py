@@ -1,11 +1,11 @@
 """Every error that core raises on purpose, and nothing else.
 
-    CoreError
-    ├── UnsupportedModelError      a base that this engine cannot run exactly
-    ├── InvalidRequestError        a generation request with a value out of range
-    │   └── PromptTooLongError     prompt and completion do not fit the context or the KV cache
-    ├── AdapterUnavailableError    the factors of a digest could not be had
-    └── EngineOverloadedError      the waiting queue is full; try again later
+CoreError
+├── UnsupportedModelError      a base that this engine cannot run exactly
+├── InvalidRequestError        a generation request with a value out of range
+│   └── PromptTooLongError     prompt and completion do not fit the context or the KV cache
+├── AdapterUnavailableError    the factors of a digest could not be had
+└── EngineOverloadedError      the waiting queue is full; try again later
 """
 
 from __future__ import annotations

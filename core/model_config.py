@@ -81,11 +81,13 @@ def read_base_info(path: Path | str) -> BaseInfo:
 def read_model_config(path: Path) -> ModelConfig:
     """Read `path`/config.json; UnsupportedModelError names what is not served."""
     if not (path / "config.json").is_file():
-        raise UnsupportedModelError(f"{path} has no config.json: not a Hugging Face model directory")
+        raise UnsupportedModelError(
+            f"{path} has no config.json: not a Hugging Face model directory"
+        )
     model_type = json.loads((path / "config.json").read_text()).get("model_type")
     if model_type != "llama":
         raise UnsupportedModelError(
-            f"{path} is a {model_type!r} model; only the Llama family (model_type 'llama') is served"
+            f"{path} is a {model_type!r} model; only model_type 'llama' is served"
         )
     hf = AutoConfig.from_pretrained(path)
     _refuse_unsupported(path, hf)
@@ -111,7 +113,9 @@ def _refuse_unsupported(path: Path, hf: Any) -> None:
         if getattr(hf, name, False):
             raise UnsupportedModelError(f"{path}: {name}=true is not served")
     if hf.hidden_act != "silu":
-        raise UnsupportedModelError(f"{path}: hidden_act {hf.hidden_act!r} is not served, only 'silu'")
+        raise UnsupportedModelError(
+            f"{path}: hidden_act {hf.hidden_act!r} is not served, only 'silu'"
+        )
     if getattr(hf, "quantization_config", None):
         raise UnsupportedModelError(
             f"{path}: quantised weights are not served; store it as fp32, bf16 or fp16"
@@ -139,7 +143,9 @@ def weight_files(path: Path) -> list[Path]:
         files = [path / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise UnsupportedModelError(f"{path} lacks {', '.join(missing)}: weights must be safetensors")
+        raise UnsupportedModelError(
+            f"{path} lacks {', '.join(missing)}: weights must be safetensors"
+        )
     return files
 
 

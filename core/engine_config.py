@@ -1,0 +1,55 @@
+"""The engine's settings: frozen, checked once, nothing read from the environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from core.errors import InvalidRequestError
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits and placement of one engine.
+
+    device                   "auto" takes cuda where there is one
+    dtype                    "auto" is bfloat16 on cuda, float32 on the CPU
+    kv_cache_bytes           None: 60 % of the free memory on cuda after loading, 1 GiB on the CPU
+    page_size                tokens per KV page
+    max_model_len            None: the model's own
+    max_num_seqs             sequences that run at once
+    max_num_batched_tokens   tokens of one step, prompt chunks and decodes together
+    max_waiting              queued requests in all, then EngineOverloadedError
+    max_waiting_per_adapter  queued requests of one adapter (the base counts as one)
+    enable_prefix_caching    reuse pages of equal prompts under the same digest
+    num_threads              None leaves torch's own number of CPU threads
+    """
+
+    device: Device = "auto"
+    dtype: DType = "auto"
+    kv_cache_bytes: int | None = None
+    page_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 1024
+    max_waiting_per_adapter: int = 256
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise InvalidRequestError(
+                    f"{field.name} is {value}, must be at least 1", param=field.name
+                )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidRequestError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at least "
+                f"max_num_seqs ({self.max_num_seqs}): each running sequence takes a token a step",
+                param="max_num_batched_tokens",
+            )

@@ -1,0 +1,70 @@
+"""Rotary position embeddings: cos and sin per token, with transformers' own rope variants.
+
+The inverse frequencies come from transformers (default, linear, llama3, yarn, dynamic), so this
+file knows no formula of theirs; it knows only when they depend on the sequence's length.
+
+Shape legend: T tokens of a step, D head dimension, N rotated heads (queries and keys together).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from core.errors import UnsupportedModelError
+from core.model_config import ModelConfig
+
+_STATIC = ("default", "linear", "llama3", "yarn")
+
+
+class Rotary:
+    """Rotates queries and keys.
+
+    With "dynamic" scaling the frequencies grow with the sequence once it is longer than
+    `max_position_embeddings`: a prompt's tokens use the prompt's length, a generated token its own
+    position + 1, as transformers does in one generate() call. `depends_on_length` then tells that
+    keys of a long prompt are its own and can't be reused by another.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        kind = config.hf.rope_parameters["rope_type"]
+        if kind not in (*_STATIC, "dynamic"):
+            raise UnsupportedModelError(
+                f"rope_type {kind!r} is not served; served are {', '.join((*_STATIC, 'dynamic'))}"
+            )
+        embedding = LlamaRotaryEmbedding(config.hf)
+        self.depends_on_length = kind == "dynamic"
+        self._original_length = config.max_model_len
+        self._config, self._device, self._dtype = config, device, dtype
+        self._inv_freq: Tensor = embedding.inv_freq.to(device=device, dtype=torch.float32)
+        self._scaling = float(embedding.attention_scaling)
+        self._by_length: dict[int, Tensor] = {}
+
+    def tables(self, position_T: Tensor, length_T: list[int] | None) -> tuple[Tensor, Tensor]:
+        """(cos_TD, sin_TD) for int64 positions; `length_T` matters for dynamic scaling only."""
+        inv_freq = self._inv_freq
+        if length_T is not None and any(n > self._original_length for n in length_T):
+            inv_freq = torch.stack([self._inv_freq_for(n) for n in length_T])
+        freqs = position_T[:, None].float() * inv_freq
+        angles_TD = torch.cat((freqs, freqs), dim=-1)
+        cos, sin = angles_TD.cos() * self._scaling, angles_TD.sin() * self._scaling
+        return cos.to(self._dtype), sin.to(self._dtype)
+
+    def _inv_freq_for(self, length: int) -> Tensor:
+        if length <= self._original_length:
+            return self._inv_freq
+        if length not in self._by_length:
+            if len(self._by_length) > 4096:
+                self._by_length.clear()
+            freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](self._config.hf, self._device, seq_len=length)
+            self._by_length[length] = freq.to(device=self._device, dtype=torch.float32)
+        return self._by_length[length]
+
+
+def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotate every head of every token; the second half of D pairs with the first (Llama's way)."""
+    half = x_TND.shape[-1] // 2
+    swapped = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
+    return torch.addcmul(x_TND * cos_TD[:, None], swapped, sin_TD[:, None])
