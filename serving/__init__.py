@@ -1,0 +1,1 @@
+"""The HTTP side: Ray Serve deployments, routes, settings and the command line."""
