@@ -14,6 +14,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from adapters import errors as adapter_errors
 from core import errors as core_errors
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+
+_CLIENT_CLOSED_REQUEST = 499  # nginx' word for it
 
 
 @dataclass(eq=False)
@@ -123,11 +126,13 @@ def _from_validation(error: ValidationError) -> ApiError:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)  # nobody is left to read it
     return to_api_error(error).response()
 
 
 def install(app: FastAPI) -> None:
     """Answer every exception of `app`'s routes, and its own 404 and 405, in OpenAI's shape."""
-    kinds = [ApiError, ValidationError, HTTPException, Exception, *(row[0] for row in TABLE)]
-    for kind in kinds:
+    own = [ApiError, ValidationError, HTTPException, ClientDisconnect, Exception]
+    for kind in [*own, *(row[0] for row in TABLE)]:
         app.add_exception_handler(kind, _answer)
