@@ -37,7 +37,9 @@ ENV_PREFIX = "VBSERVE_"
 CONFIG_VARIABLE = "VBSERVE_CONFIG"
 CLIENT_URL_VARIABLE = "VBSERVE_CLIENT_URL"
 CLIENT_KEY_VARIABLE = "VBSERVE_CLIENT_KEY"
-_OTHER_VARIABLES = frozenset({CONFIG_VARIABLE, CLIENT_URL_VARIABLE, CLIENT_KEY_VARIABLE})
+_OTHER_VARIABLES = frozenset(
+    {CONFIG_VARIABLE, CLIENT_URL_VARIABLE, CLIENT_KEY_VARIABLE, "VBSERVE_CACHE_DIR"}
+)
 
 
 class SettingsError(ValueError):
@@ -100,7 +102,7 @@ class Settings(BaseSettings):
     api_keys: Keys = Field((), description="Keys for inference, separated by commas.")
     admin_keys: Keys = Field((), description="Keys for adapter management, separated by commas.")
     max_upload_bytes: ByteSize = Field(
-        ByteSize(64 * 2**20), ge=1, description="Largest adapter upload (64MiB)."
+        ByteSize(64 * 2**20), ge=1, description="Largest adapter upload."
     )
     allowed_source_root: FilePath | None = Field(
         None, description="Directory from which adapters may be registered by path."
@@ -117,7 +119,7 @@ class Settings(BaseSettings):
         "auto", description="Number format; auto is bfloat16 on cuda, float32 on the CPU."
     )
     kv_cache_bytes: ByteSize | None = Field(
-        None, ge=1, description="Memory of the KV cache, e.g. 2GiB. Default: see EngineConfig."
+        None, ge=1, description="Memory of the KV cache. Default: 1GiB, on cuda most of the rest."
     )
     max_model_len: Count | None = Field(
         None, description="Longest prompt and completion in tokens. Default: the model's."
@@ -130,10 +132,10 @@ class Settings(BaseSettings):
         None, description="CPU threads of one engine. Default: the cores, divided by engines."
     )
     factor_cache_bytes: ByteSize = Field(
-        ByteSize(2**30), ge=1, description="Memory of rebuilt adapter factors (1GiB)."
+        ByteSize(2**30), ge=1, description="Memory of rebuilt adapter factors."
     )
     compact_cache_bytes: ByteSize = Field(
-        ByteSize(256 * 2**20), ge=1, description="Memory of compact adapters (256MiB)."
+        ByteSize(256 * 2**20), ge=1, description="Memory of compact adapters."
     )
 
     adapter_label_cap: int = Field(

@@ -1,0 +1,94 @@
+"""The two deployments put together with their options, and Serve's HTTP proxy in front.
+
+Knows what runs where and how many requests each part takes; nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import LoggingConfig
+
+from core.model_config import BaseInfo
+from serving.engine_deployment import EngineReplica
+from serving.ingress_deployment import IngressReplica
+from serving.settings import Settings
+
+APP_NAME = "vbserve"
+ENGINE_NAME = "engine"
+INGRESS_NAME = "ingress"
+
+_STOP_SECONDS = 5.0
+_STOP_POLL_SECONDS = 0.2
+_HEALTH_PERIOD_SECONDS = 2.0
+_EXTRA_CALLS = 64  # broadcasts and health checks come on top of requests
+
+
+@contextlib.contextmanager
+def deployed(settings: Settings, base_name: str, base: BaseInfo) -> Iterator[None]:
+    """Run the application on the connected cluster; take it down at the end.
+
+    Raises RuntimeError with Serve's words when a deployment fails.
+    """
+    was_running = bool(serve.status().proxies)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=settings.host, port=settings.port),
+        logging_config=_logging(settings),
+    )
+    try:
+        serve.run(_application(settings, base_name, base), name=APP_NAME, route_prefix="/")
+        yield
+    finally:
+        if was_running:
+            serve.delete(APP_NAME)
+        else:
+            serve.shutdown()
+
+
+def _application(settings: Settings, base_name: str, base: BaseInfo) -> serve.Application:
+    shared: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": _STOP_SECONDS,
+        "graceful_shutdown_wait_loop_s": _STOP_POLL_SECONDS,
+        "health_check_period_s": _HEALTH_PERIOD_SECONDS,
+        "logging_config": _logging(settings),
+    }
+    engine = serve.deployment(EngineReplica).options(
+        name=ENGINE_NAME,
+        num_replicas=settings.num_engine_replicas,
+        max_ongoing_requests=_engine_requests(settings),
+        max_queued_requests=settings.max_waiting,
+        ray_actor_options=_engine_resources(settings),
+        **shared,
+    )
+    ingress = serve.deployment(serve.ingress()(IngressReplica)).options(
+        name=INGRESS_NAME,
+        num_replicas=settings.num_ingress_replicas,
+        max_ongoing_requests=settings.num_engine_replicas * _engine_requests(settings),
+        ray_actor_options={"num_cpus": 0},
+        **shared,
+    )
+    engines = engine.bind(settings, base_name, base.path)
+    return ingress.bind(settings, base_name, base.path, engines)
+
+
+def _engine_requests(settings: Settings) -> int:
+    """More than an engine lets in: its own queue refuses first, with a typed error."""
+    return settings.max_waiting + settings.max_num_seqs + _EXTRA_CALLS
+
+
+def _engine_resources(settings: Settings) -> dict[str, float]:
+    """A share of the GPUs where there are any; CPUs are not reserved, threads are set anyway."""
+    num_gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
+    if num_gpus == 0:
+        return {"num_cpus": 0}
+    return {"num_cpus": 0, "num_gpus": min(1.0, num_gpus / settings.num_engine_replicas)}
+
+
+def _logging(settings: Settings) -> LoggingConfig:
+    return LoggingConfig(log_level=settings.log_level.upper(), enable_access_log=False)

@@ -1,0 +1,73 @@
+"""A Ray cluster for one server: a private one on loopback, or a visit to one that exists.
+
+The private one listens on 127.0.0.1, answers only those who know a token in its own runtime
+directory (mode 0700), keeps its files there, and ends with this process, however that ends.
+Knows nothing of what is deployed on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; nothing large goes through it
+
+# Ray reads these when it is first imported.
+_SERVE_VARIABLES = {
+    "RAY_SERVE_PROXY_USE_GRPC": "1",  # proxy to ingress: streamed chunks cost a third of the default
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 2**20),  # one JSON answer with logprobs
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+_PRIVATE_VARIABLES = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: the node's address is 127.0.0.1
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextlib.contextmanager
+def private_cluster(num_cpus: int) -> Iterator[None]:
+    """Start a cluster of this node alone and connect to it; stop all its processes at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="vbserve-"))
+    try:
+        token = directory / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ.update(_SERVE_VARIABLES | _PRIVATE_VARIABLES)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        with _connection(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=str(directory),
+        ):
+            yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def existing_cluster(address: str) -> Iterator[None]:
+    """Connect to a running cluster, and leave it running at the end."""
+    os.environ.update(_SERVE_VARIABLES)
+    with _connection(address=address):
+        yield
+
+
+@contextlib.contextmanager
+def _connection(**options: object) -> Iterator[None]:
+    import ray  # only now: it reads the variables above when imported
+
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="vbserve", **options)
+        yield
+    finally:
+        ray.shutdown()

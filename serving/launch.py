@@ -1,0 +1,159 @@
+"""From settings to a running server, and down again: base, adapters, Ray, deployments, ready.
+
+Whatever was started is stopped when the server ends, is interrupted or fails half-way. Knows
+nothing of routes or of tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import NamedTuple
+
+import httpx
+from rich.console import Console
+
+from adapters.store import AdapterStore
+from core.model_config import BaseInfo, read_base_info
+from serving.cluster import existing_cluster, private_cluster
+from serving.default_base import BASE_NAME, ensure_default_base
+from serving.launch_messages import Stages, ready_message, server_url
+from serving.settings import Settings
+from serving.stores import open_store, preload_adapters, preload_directory, served_ids
+
+_READY_SECONDS = 120.0
+_POLL_SECONDS = 0.1
+
+
+class LaunchError(Exception):
+    """The server cannot start; the message says why and what would help."""
+
+
+class NamedBase(NamedTuple):
+    """The base, and the model name under which it is served."""
+
+    name: str
+    info: BaseInfo
+
+
+def serve_forever(settings: Settings, console: Console) -> None:
+    """Start everything, wait for SIGINT or SIGTERM, stop everything.
+
+    Raises LaunchError, and what reading the base or an adapter raises, after stopping all.
+    """
+    stages = Stages(console)
+    with _interruptible(), contextlib.suppress(KeyboardInterrupt):
+        check_port_is_free(settings.host, settings.port)
+        base = _find_base(settings, stages)
+        store = _open_store(settings, base, stages)
+        with _cluster(settings, stages), _application(settings, base, stages):
+            console.print(ready_message(settings, base.name, served_ids(store)), soft_wrap=True)
+            threading.Event().wait()
+    console.print("Stopped.")
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raise LaunchError unless a server could listen on `host` and `port` now."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise LaunchError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; "
+            "choose another with --port or --host"
+        ) from None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt once; more of them do not disturb the clean-up."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _arm_signals()
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _arm_signals() -> None:
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _find_base(settings: Settings, stages: Stages) -> NamedBase:
+    with stages.stage("base") as note:
+        path = settings.model or ensure_default_base(progress=stages.tell)
+        info = read_base_info(path)
+        own_name = path.name if settings.model else BASE_NAME
+        name = settings.model_name or own_name
+        note(f"{name} in {path}")
+    return NamedBase(name, info)
+
+
+def _open_store(settings: Settings, base: NamedBase, stages: Stages) -> AdapterStore:
+    with stages.stage("adapters") as note:
+        store = open_store(settings, base.name, base.info)
+        source = preload_directory(settings)
+        if source is not None:
+            preloaded = preload_adapters(store, source)
+            note(f"{len(preloaded.added)} new from {source}")
+            if preloaded.differing:
+                note(f"kept other content of {', '.join(preloaded.differing)}")
+        note(f"{len(served_ids(store))} in {store.root}")
+    return store
+
+
+@contextlib.contextmanager
+def _cluster(settings: Settings, stages: Stages) -> Iterator[None]:
+    if settings.ray_address is None:
+        cluster = private_cluster(num_cpus=len(os.sched_getaffinity(0)))
+    else:
+        cluster = existing_cluster(settings.ray_address)
+    with contextlib.ExitStack() as stack:
+        with stages.stage("Ray"):
+            stack.enter_context(cluster)
+        stack.callback(stages.tell, "stopping")
+        _arm_signals()  # Ray has put its own handler there
+        yield
+
+
+@contextlib.contextmanager
+def _application(settings: Settings, base: NamedBase, stages: Stages) -> Iterator[None]:
+    from serving.application import deployed  # only now: it imports Ray, see `cluster`
+
+    with contextlib.ExitStack() as stack:
+        with stages.stage("engine and HTTP"):
+            try:
+                stack.enter_context(deployed(settings, base.name, base.info))
+            except RuntimeError as error:  # what Serve raises for a deployment that fails
+                raise LaunchError(f"the server did not come up: {error}") from error
+            _wait_until_ready(server_url(settings))
+        yield
+
+
+def _wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    with httpx.Client(trust_env=False, timeout=_READY_SECONDS) as client:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(f"{url}/readyz").is_success:
+                    return
+            time.sleep(_POLL_SECONDS)
+    raise LaunchError(f"{url}/readyz did not answer within {_READY_SECONDS:.0f} s")
