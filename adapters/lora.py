@@ -1,0 +1,108 @@
+"""PEFT LoRA and rsLoRA (peft 0.21) → `CompactLoRA`.
+
+y += scale * (x @ A.T) @ B.T with scale = alpha / r, or alpha / sqrt(r) for rsLoRA; rank_pattern and
+alpha_pattern give single modules their own r and alpha. Initialisations that leave the base alone
+are served; those that change it (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) are refused unless PEFT has
+converted the adapter, since the increment belongs to the changed base.
+
+Shape legend: R rank, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.compact import CompactLoRA
+from adapters.errors import MalformedAdapterError
+from adapters.layout import ModuleSpec, Side, factor_order, in_layout_order, module_spec
+from adapters.peft_config import (
+    as_finite,
+    as_patterns,
+    as_positive_int,
+    check_features,
+    positive_int,
+)
+from adapters.peft_files import PeftFiles
+from adapters.peft_targets import (
+    PatternMatcher,
+    claimed_modules,
+    first_matching_pattern,
+    module_path,
+)
+from adapters.peft_tensors import FLOATS, PeftTensors, check_finite, tensor_name
+from core.factors import ModuleKey
+from core.model_config import BaseInfo
+
+_SERVED_KEYS = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
+
+
+def read_lora(files: PeftFiles, base: BaseInfo) -> CompactLoRA:
+    """Validate a LoRA adapter against the base and return its compact form.
+
+    Raises UnsupportedAdapterError or MalformedAdapterError; nothing is served in part.
+    """
+    check_features(files.config, _SERVED_KEYS)
+    specs = _read_modules(files.config, base)
+    tensors = PeftTensors(files.tensors)
+    names = {_weight_name(spec, side) for spec in specs for side in ("a", "b")}
+    tensors.refuse_others(names, {module_path(spec.key) for spec in specs})
+    parts = [_read_factor(tensors, spec, side) for spec, side in factor_order(specs)]
+    dtype = reduce(torch.promote_types, {part.dtype for part in parts})
+    values = torch.cat([part.to(dtype) for part in parts])
+    return CompactLoRA(base.fingerprint, specs, values)
+
+
+def _read_modules(config: Mapping[str, Any], base: BaseInfo) -> tuple[ModuleSpec, ...]:
+    targets = config.get("target_modules")
+    by_regex = isinstance(targets, str) and targets.lower() != "all-linear"
+    if by_regex and config.get("layers_to_transform") is not None:
+        raise MalformedAdapterError(
+            "layers_to_transform cannot be used when target_modules is a pattern"
+        )
+    scaling = _Scaling(config)
+    keys = claimed_modules(config, base.config.num_layers)
+    specs = (module_spec(key, *scaling.rank_and_scale(key), base.config) for key in keys)
+    return in_layout_order(specs)
+
+
+class _Scaling:
+    """r and alpha of the config, with the patterns that override them for single modules."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._rank = positive_int(config, "r")
+        self._alpha = as_finite(config.get("lora_alpha", 8), "lora_alpha")  # PEFT's default
+        self._ranks = as_patterns(config.get("rank_pattern"), "rank_pattern")
+        self._alphas = as_patterns(config.get("alpha_pattern"), "alpha_pattern")
+        self._rslora = bool(config.get("use_rslora"))
+        self._matcher = PatternMatcher()
+
+    def rank_and_scale(self, key: ModuleKey) -> tuple[int, float]:
+        """The rank of one module and the factor that its increment is multiplied with."""
+        path = module_path(key)
+        rank_pattern = first_matching_pattern(self._ranks, path, self._matcher)
+        alpha_pattern = first_matching_pattern(self._alphas, path, self._matcher)
+        rank, alpha = self._rank, self._alpha
+        if rank_pattern is not None:
+            rank = as_positive_int(self._ranks[rank_pattern], f"rank_pattern[{rank_pattern!r}]")
+        if alpha_pattern is not None:
+            alpha = as_finite(self._alphas[alpha_pattern], f"alpha_pattern[{alpha_pattern!r}]")
+        return rank, alpha / (math.sqrt(rank) if self._rslora else rank)
+
+
+def _weight_name(spec: ModuleSpec, side: str) -> str:
+    return tensor_name(module_path(spec.key), f"lora_{side.upper()}.weight")
+
+
+def _read_factor(tensors: PeftTensors, spec: ModuleSpec, side: Side) -> Tensor:
+    """One factor, rank-major and flat: A is (R, I) already, B comes as (O, R)."""
+    name = _weight_name(spec, side)
+    shape = (spec.rank, spec.in_features) if side == "a" else (spec.out_features, spec.rank)
+    weight = tensors.take(name, shape, FLOATS)
+    check_finite(name, weight)
+    return (weight if side == "a" else weight.T).flatten()

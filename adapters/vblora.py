@@ -1,0 +1,194 @@
+"""PEFT VB-LoRA (peft 0.21, both save modes) → `CompactVBLoRA`.
+
+Per module and side, a file holds either full logits or the top-k; the tensors decide, not the
+config's save_only_topk_weights. From full logits, top-k and softmax are computed as PEFT's forward
+does, in float32 (PEFT casts adapters to float32 when it loads them), by the same torch operations,
+so that ties fall the same way.
+
+Why K - 1 weights are stored for both modes. Softmax weights sum to 1, so the last follows to within
+float32 rounding (about 1e-7 of it), far under the 1e-6 that is promised; a 16-bit rounding of them
+would cost 4e-3, so weights from full logits are kept in float32 whatever the logits' dtype. Weights
+of a top-k file keep the dtype of the file: they are exact there, and the last is 1 - their sum in
+float32, which loses nothing.
+
+Shape legend: R rank, I and O tiles of the input and output (features / B), H vectors in the bank of
+length B, K entries per sub-vector, J = K - 1, N sub-vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapters.bank_pool import Bank
+from adapters.compact import CompactVBLoRA, index_dtype
+from adapters.errors import MalformedAdapterError
+from adapters.layout import ModuleSpec, Side, factor_order, in_layout_order, module_spec
+from adapters.peft_config import check_features, positive_int
+from adapters.peft_files import PeftFiles
+from adapters.peft_targets import claimed_modules, module_path
+from adapters.peft_tensors import FLOATS, PeftTensors, check_finite, tensor_name
+from core.model_config import BaseInfo
+
+_SERVED_KEYS = frozenset({"r", "num_vectors", "vector_length", "topk"})
+_BANK_NAME = "base_model.vblora_vector_bank"
+_INDEX_DTYPES = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
+
+
+class _Geometry(NamedTuple):
+    """The sizes that a VB-LoRA config fixes."""
+
+    rank: int
+    num_vectors: int
+    vector_length: int
+    topk: int
+
+
+class _SubVectors(NamedTuple):
+    """One factor's sub-vectors in the order of the compact form: (n, K) int64 and (n, J) float."""
+
+    indices_NK: Tensor
+    weights_NJ: Tensor
+
+
+def read_vblora(files: PeftFiles, base: BaseInfo) -> CompactVBLoRA:
+    """Validate a VB-LoRA adapter against the base and return its compact form.
+
+    Raises UnsupportedAdapterError or MalformedAdapterError; nothing is served in part.
+    """
+    check_features(files.config, _SERVED_KEYS)
+    geometry = _read_geometry(files)
+    specs = _read_modules(files, geometry, base)
+    tensors = PeftTensors(files.tensors)
+    tensors.refuse_others(_expected_names(specs), {module_path(spec.key) for spec in specs})
+    bank_shape = (geometry.num_vectors, geometry.vector_length)
+    bank_HB = tensors.take(_BANK_NAME, bank_shape, FLOATS)
+    check_finite(_BANK_NAME, bank_HB)
+    parts = [_read_factor(tensors, spec, side, geometry) for spec, side in factor_order(specs)]
+    return CompactVBLoRA(
+        base_fingerprint=base.fingerprint,
+        modules=specs,
+        bank=Bank(bank_HB),
+        indices_NK=torch.cat([part.indices_NK for part in parts]).to(index_dtype(len(bank_HB))),
+        weights_NJ=_join_weights([part.weights_NJ for part in parts]),
+    )
+
+
+def _read_geometry(files: PeftFiles) -> _Geometry:
+    geometry = _Geometry(
+        rank=positive_int(files.config, "r"),
+        num_vectors=positive_int(files.config, "num_vectors"),
+        vector_length=positive_int(files.config, "vector_length"),
+        topk=positive_int(files.config, "topk"),
+    )
+    if geometry.topk > geometry.num_vectors:
+        raise MalformedAdapterError(
+            f"topk={geometry.topk} is more than num_vectors={geometry.num_vectors}"
+        )
+    return geometry
+
+
+def _read_modules(files: PeftFiles, geometry: _Geometry, base: BaseInfo) -> tuple[ModuleSpec, ...]:
+    keys = claimed_modules(files.config, base.config.num_layers)
+    specs = in_layout_order(module_spec(key, geometry.rank, 1.0, base.config) for key in keys)
+    for spec in specs:
+        for what, features in (("in", spec.in_features), ("out", spec.out_features)):
+            if features % geometry.vector_length:
+                raise MalformedAdapterError(
+                    f"{module_path(spec.key)}: {what}_features {features} of the base is not "
+                    f"divisible by vector_length {geometry.vector_length}"
+                )
+    return specs
+
+
+def _expected_names(specs: Sequence[ModuleSpec]) -> set[str]:
+    suffixes = ("", "_topk_indices", "_topk_weights")
+    names = {
+        _logits_name(spec, side) + suffix
+        for spec in specs
+        for side in ("a", "b")
+        for suffix in suffixes
+    }
+    return names | {_BANK_NAME}
+
+
+def _logits_name(spec: ModuleSpec, side: str) -> str:
+    return tensor_name(module_path(spec.key), f"vblora_logits_{side.upper()}")
+
+
+def _read_factor(
+    tensors: PeftTensors, spec: ModuleSpec, side: Side, geometry: _Geometry
+) -> _SubVectors:
+    name = _logits_name(spec, side)
+    rank, length = spec.rank, geometry.vector_length
+    a_shape, b_shape = (rank, spec.in_features // length), (spec.out_features // length, rank)
+    shape = a_shape if side == "a" else b_shape
+    has_topk = f"{name}_topk_indices" in tensors or f"{name}_topk_weights" in tensors
+    if name in tensors and has_topk:
+        raise MalformedAdapterError(f"{name} is there twice: as full logits and as top-k")
+    read = _read_topk if has_topk else _read_logits
+    part = read(tensors, name, shape, geometry)
+    # PEFT keeps B's sub-vectors as (O, R); rank-major is what b_RO needs to be contiguous
+    if side == "b":
+        part = _SubVectors(*(tensor.transpose(0, 1) for tensor in part))
+    return _SubVectors(*(tensor.flatten(0, 1) for tensor in part))
+
+
+def _read_logits(
+    tensors: PeftTensors, name: str, shape: tuple[int, int], geometry: _Geometry
+) -> _SubVectors:
+    """Source: `_get_low_rank_matrix`: topk, then softmax over the top-k logits alone."""
+    logits = tensors.take(name, (*shape, geometry.num_vectors), FLOATS).float()
+    top_logits, indices = logits.topk(geometry.topk, dim=-1)
+    # -inf is how PEFT itself writes "not among the top k"; it must not be all there is
+    if logits.isnan().any() or not torch.isfinite(top_logits[..., 0]).all():
+        raise MalformedAdapterError(f"tensor {name} has values that are not finite")
+    return _SubVectors(indices, torch.softmax(top_logits, dim=-1)[..., :-1])
+
+
+def _read_topk(
+    tensors: PeftTensors, name: str, shape: tuple[int, int], geometry: _Geometry
+) -> _SubVectors:
+    """Source: `_remap_adapter_state_dict_for_load`."""
+    indices_name, weights_name = f"{name}_topk_indices", f"{name}_topk_weights"
+    indices = tensors.take(indices_name, (*shape, geometry.topk), _INDEX_DTYPES).long()
+    weights = tensors.take(weights_name, (*shape, geometry.topk - 1), FLOATS)
+    _check_indices(indices_name, indices, geometry.num_vectors)
+    check_finite(weights_name, weights)
+    _check_weights(weights_name, weights)
+    return _SubVectors(indices, weights)
+
+
+def _check_indices(name: str, indices: Tensor, num_vectors: int) -> None:
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < 0 or high >= num_vectors:
+        bad = low if low < 0 else high
+        raise MalformedAdapterError(
+            f"tensor {name} has the index {bad}, must be in 0..{num_vectors - 1}"
+        )
+    ordered = indices.sort(-1).values
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise MalformedAdapterError(f"tensor {name} names a bank vector twice in one sub-vector")
+
+
+def _check_weights(name: str, weights: Tensor) -> None:
+    """The stored weights are a softmax without its last: none negative, sum at most 1."""
+    if not weights.numel():
+        return
+    tolerance = max(1e-5, torch.finfo(weights.dtype).eps)
+    largest = float(weights.float().sum(-1).max())
+    if float(weights.min()) < 0 or largest > 1 + tolerance:
+        raise MalformedAdapterError(
+            f"tensor {name} is no softmax: smallest weight {float(weights.min()):.6g}, largest sum "
+            f"{largest:.6g}"
+        )
+
+
+def _join_weights(parts: Sequence[Tensor]) -> Tensor:
+    """(N, J) in the one dtype that holds every part exactly."""
+    dtype = reduce(torch.promote_types, {part.dtype for part in parts})
+    return torch.cat([part.to(dtype) for part in parts])
