@@ -26,8 +26,17 @@ _POSITIVE = click.IntRange(min=1)
 
 
 @click.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
-@click.option("--api-key", envvar="VBSERVE_API_KEY", help="Sent as a bearer token.")
+@click.option(
+    "--url",
+    default="http://127.0.0.1:8000",
+    envvar="VBSERVE_CLIENT_URL",
+    show_default=True,
+    show_envvar=True,
+    help="The server.",
+)
+@click.option(
+    "--api-key", envvar="VBSERVE_CLIENT_KEY", show_envvar=True, help="Sent as a bearer token."
+)
 @click.option("--clients", type=_POSITIVE, help="Closed loop: clients that each wait. [default: 8]")
 @click.option("--rate", type=float, help="Open loop: requests a second, Poisson arrivals.")
 @click.option(

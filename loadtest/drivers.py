@@ -16,6 +16,7 @@ Clock = Callable[[], float]
 
 _PAUSE_AFTER_FAILURE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 5.0
+_TIMER_SECONDS = 0.001  # of uvloop, which rounds down: never send early, at most this late
 
 
 async def closed_loop(
@@ -60,7 +61,7 @@ async def open_loop(
         for request in _until(requests, ends_at):
             wait = (request.due or 0.0) - clock()
             if wait > 0:
-                await asyncio.sleep(wait)
+                await asyncio.sleep(wait + _TIMER_SECONDS)
             tasks.append(group.create_task(_sent(send, request)))
     return [task.result() for task in tasks]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ from loadtest.stats import Summary, timeline
 
 _INK, _BLUE, _ORANGE, _RED, _GREY = "#222222", "#2563a8", "#d9822b", "#c23030", "#9aa5b1"
 _MODELS_SHOWN = 24
+_LEGEND: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "framealpha": 0.9}
 _MILLI = 1000.0
 
 
@@ -77,7 +79,7 @@ def _cdf(axes: Axes, title: str, curves: dict[str, list[float]]) -> None:
         axes.plot([], [], ":", color=colour, label=f"p{share} {value:,.1f} ms")
     axes.set_ylim(0, 1.02)
     axes.set_xlim(left=0, right=_right_edge(first, float(marks[2])))
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    axes.legend(loc="lower right", fontsize=8, **_LEGEND)
 
 
 def _right_edge(values: np.ndarray, p99: float) -> float:
@@ -122,7 +124,7 @@ def _over_time(axes: Axes, result: RunResult) -> None:
         axes.scatter(failed, [0.0] * len(failed), marker="x", s=24, color=_RED, label="failed")
     axes.set_ylim(bottom=0)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize=8, frameon=False)
+        axes.legend(loc="best", fontsize=8, **_LEGEND)
 
 
 def _per_model(axes: Axes, good: Sequence[RequestRecord], base_model: str) -> None:
@@ -145,7 +147,7 @@ def _per_model(axes: Axes, good: Sequence[RequestRecord], base_model: str) -> No
     axes.set_xlim(left=0)
     axes.plot([], [], "o", color=_BLUE, label="median")
     axes.plot([], [], "|", color=_RED, label="p99")
-    axes.legend(loc="best", fontsize=8, frameon=False)
+    axes.legend(loc="best", fontsize=8, **_LEGEND)
 
 
 def _short(name: str) -> str:

@@ -154,7 +154,7 @@ async def test_open_loop_sends_on_time_however_slow_the_server_is() -> None:
     send = SlowSender(clock, 0.5)  # each takes longer than all arrivals together
     records = await open_loop(send, planned(20, 0.02), clock, 10.0)
     assert send.most == 20
-    assert max(record.send_lag for record in records) < 0.15
+    assert all(0 <= record.send_lag < 0.15 for record in records)
     assert clock() < 1.5
 
 

@@ -1,0 +1,213 @@
+"""The bench's figures as a Markdown page that a README can quote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loadtest.bench.contestants import OURS_ENGINE, OURS_HTTP, PEFT_MIXED, PEFT_SINGLE
+from loadtest.bench.lifecycle import Lifecycle
+from loadtest.bench.plan import WORKLOADS, BenchSizes
+from loadtest.bench.results import Cell, Cells, RoundResult, ratio
+from loadtest.stats import Distribution
+
+_NOISY_CORES = 0.2
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page, the plots and the JSON show."""
+
+    conditions: Mapping[str, object]
+    sizes: BenchSizes
+    num_rounds: int
+    cells: Cells
+    rounds: Sequence[RoundResult]
+    lifecycle: Lifecycle | None
+
+    @property
+    def contestants(self) -> list[str]:
+        """Names in the order of their first round, one each."""
+        return list(dict.fromkeys(contestant for contestant, _ in self.cells))
+
+    @property
+    def workloads(self) -> list[str]:
+        """Names of the workloads that were run."""
+        ran = {workload for _, workload in self.cells}
+        return [name for name in WORKLOADS if name in ran]
+
+
+def peft_of(cells: Cells, workload: str) -> tuple[str, str] | None:
+    """The faster of PEFT's two ways on a workload."""
+    keys = [(name, workload) for name in (PEFT_MIXED, PEFT_SINGLE)]
+    there = [key for key in keys if key in cells]
+    return max(there, key=lambda key: cells[key].tokens_per_second, default=None)
+
+
+def ratios(cells: Cells) -> dict[str, float]:
+    """All ratios of throughput by a readable name."""
+    found: dict[str, float | None] = {}
+    for ours in (OURS_HTTP, OURS_ENGINE):
+        for workload in WORKLOADS:
+            peft = peft_of(cells, workload)
+            if peft is not None:
+                found[f"{ours} / PEFT, {workload}"] = ratio(cells, (ours, workload), peft)
+    for name in dict.fromkeys(contestant for contestant, _ in cells):
+        for adapters, base in (("W3", "W2"), ("W4", "W4b")):
+            found[f"{name}, {adapters} / {base}"] = ratio(cells, (name, adapters), (name, base))
+    for workload in WORKLOADS:
+        over, under = (OURS_HTTP, workload), (OURS_ENGINE, workload)
+        found[f"HTTP / engine alone, {workload}"] = ratio(cells, over, under)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def markdown(report: Report) -> str:
+    """The whole page."""
+    parts = [
+        "# Bench",
+        _introduction(report),
+        "## Output tokens a second, prefill included",
+        f"Medians of {report.num_rounds} rounds (lowest to highest). Exact: share of requests "
+        "whose tokens all equal those of PEFT in fp32; ties of PEFT's own set aside.",
+        _throughput(report),
+        "## Ratios of throughput",
+        "Medians over the rounds of the ratio within a round.",
+        _ratios(report),
+        "## Latency, ms",
+        "Over the requests of all rounds.",
+        _latency(report),
+    ]
+    if report.lifecycle is not None:
+        parts += ["## Adapters in the server", _lifecycle(report.lifecycle)]
+    parts += ["## Conditions", _conditions(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(report: Report) -> str:
+    sizes = report.sizes
+    lines = [
+        f"{sizes.num_adapters} random VB-LoRA adapters of rank {sizes.rank} on all linear layers "
+        f"(bank {sizes.num_vectors} x {sizes.vector_length}, top-{sizes.topk}); PEFT has the same "
+        f"weights as plain LoRA. {sizes.prompt_tokens} prompt tokens and {sizes.max_tokens} output "
+        "tokens a request, greedy, all prompts different, end-of-text ignored. PEFT runs in "
+        "process, as static batches or one request at a time; contestants took turns.",
+        "",
+    ]
+    clients = sizes.num_clients
+    numbers = {"W1": sizes.num_single, "W1a": sizes.num_single, "W2": clients, "W3": clients}
+    for name in report.workloads:
+        what = WORKLOADS[name].replace("all clients", f"{clients} clients")
+        what = what.replace("Zipf's law", f"Zipf's law, exponent {sizes.zipf:g}")
+        lines.append(f"- {name}: {what}; {numbers.get(name, sizes.num_closed)} requests a round")
+    return "\n".join(lines)
+
+
+def _throughput(report: Report) -> str:
+    rows = []
+    for name in report.contestants:
+        cells = [report.cells.get((name, workload)) for workload in report.workloads]
+        rows.append([name, *(_rate(cell) for cell in cells), _exact(cells)])
+    return _table(["", *report.workloads, "exact"], rows)
+
+
+def _rate(cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    spread = f" ({min(cell.rounds):.1f} to {max(cell.rounds):.1f})" if len(cell.rounds) > 1 else ""
+    noisy = " (n)" if (cell.foreign_cores or 0.0) > _NOISY_CORES else ""
+    return f"{cell.tokens_per_second:.1f}{spread}{noisy}"
+
+
+def _exact(cells: Sequence[Cell | None]) -> str:
+    judged = [cell for cell in cells if cell is not None and cell.exact is not None]
+    ties = sum(cell.num_ties for cell in judged)
+    decided = [cell.num_judged - cell.num_ties for cell in judged]
+    if not sum(decided):
+        return "-"
+    equal = sum((cell.exact or 0.0) * num for cell, num in zip(judged, decided, strict=True))
+    return f"{equal / sum(decided):.3f} of {sum(decided)}" + (f", {ties} ties" if ties else "")
+
+
+def _ratios(report: Report) -> str:
+    rows = [[name, f"{value:.2f}"] for name, value in ratios(report.cells).items()]
+    return _table(["", "ratio"], rows) if rows else "None: no two contestants to compare."
+
+
+def _latency(report: Report) -> str:
+    rows = [
+        [
+            cell.contestant,
+            workload,
+            _pair(cell.ttft),
+            _pair(cell.time_between_tokens),
+            _pair(cell.e2e),
+        ]
+        for workload in report.workloads
+        for name in report.contestants
+        if (cell := report.cells.get((name, workload))) is not None
+    ]
+    headers = ["", "", "first token p50 / p99", "between tokens p50 / p99", "end to end p50 / p99"]
+    return _table(headers, rows)
+
+
+def _lifecycle(life: Lifecycle) -> str:
+    rows = [
+        ["start to ready", _seconds(life.first_ready_seconds)],
+        [f"start to ready with {life.num_adapters} registered", _seconds(life.again_ready_seconds)],
+        ["POST /v1/adapters, p50 / max", _pair(life.registration, high="max", unit=" ms")],
+        ["first token, adapter in no cache, p50 / max", _pair(life.cold_ttft, "max", " ms")],
+        ["first token, the same adapter again, p50 / max", _pair(life.warm_ttft, "max", " ms")],
+        ["memory (PSS) of the server, no adapter", _mib(life.pss_base_bytes)],
+        ["memory per registered adapter, unused", _per_adapter(life, life.pss_registered_bytes)],
+        ["memory at the end", _mib(life.pss_end_bytes)],
+    ]
+    return _table(["", ""], rows)
+
+
+def _per_adapter(life: Lifecycle, total: int | None) -> str:
+    if total is None or life.pss_base_bytes is None:
+        return "-"
+    return f"{(total - life.pss_base_bytes) / life.num_adapters / _MIB:.2f} MiB"
+
+
+def _conditions(report: Report) -> str:
+    lines = [f"- {name}: {_plain(value)}" for name, value in report.conditions.items()]
+    foreign = [one.load.foreign_cores for one in report.rounds]
+    known = [cores for cores in foreign if cores is not None]
+    if known:
+        noisy = sum(cores > _NOISY_CORES for cores in known)
+        lines.append(
+            f"- other programs: {sum(known) / len(known):.2f} cores on average, at most "
+            f"{max(known):.2f}; more than {_NOISY_CORES} in {noisy} of {len(known)} waves, (n) "
+            "where one of them counts"
+        )
+    return "\n".join(lines)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _pair(values: Distribution | None, high: str = "p99", unit: str = "") -> str:
+    if values is None or values.p50 is None:
+        return "-"
+    upper = values.max if high == "max" else values.p99
+    return f"{values.p50 * 1000:,.1f} / {(upper or 0.0) * 1000:,.1f}{unit}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f} s"
+
+
+def _mib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / _MIB:,.0f} MiB"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
