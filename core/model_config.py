@@ -59,7 +59,7 @@ class ModelConfig:
 class BaseInfo:
     """A base as others need to see it, read without loading weights.
 
-    `fingerprint` (hex sha256) covers the geometry and, of every weight file, its size, header and
+    `fingerprint` (hex sha256) covers geometry and rope and, of every weight file, size, header and
     64 evenly spaced samples: an edited or re-trained base gets another one in milliseconds.
     """
 
@@ -84,7 +84,7 @@ def read_model_config(path: Path) -> ModelConfig:
         raise UnsupportedModelError(
             f"{path} has no config.json: not a Hugging Face model directory"
         )
-    model_type = json.loads((path / "config.json").read_text()).get("model_type")
+    model_type = _model_type(path / "config.json")
     if model_type != "llama":
         raise UnsupportedModelError(
             f"{path} is a {model_type!r} model; only model_type 'llama' is served"
@@ -108,6 +108,16 @@ def read_model_config(path: Path) -> ModelConfig:
     )
 
 
+def _model_type(file: Path) -> object:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UnsupportedModelError(f"{file} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModelError(f"{file} is {content!r}, must be a JSON object")
+    return content.get("model_type")
+
+
 def _refuse_unsupported(path: Path, hf: Any) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if getattr(hf, name, False):
@@ -115,6 +125,11 @@ def _refuse_unsupported(path: Path, hf: Any) -> None:
     if hf.hidden_act != "silu":
         raise UnsupportedModelError(
             f"{path}: hidden_act {hf.hidden_act!r} is not served, only 'silu'"
+        )
+    rotated = hf.rope_parameters.get("partial_rotary_factor", 1.0)
+    if rotated != 1:
+        raise UnsupportedModelError(
+            f"{path}: partial_rotary_factor {rotated} is not served, only 1"
         )
     if getattr(hf, "quantization_config", None):
         raise UnsupportedModelError(
@@ -150,7 +165,8 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path, config: ModelConfig) -> str:
-    digest = hashlib.sha256(repr(config).encode())
+    rope = json.dumps(config.hf.rope_parameters, sort_keys=True)
+    digest = hashlib.sha256(f"{config!r} {rope}".encode())
     for file in weight_files(path):
         for part in _samples(file):
             digest.update(part)

@@ -77,9 +77,6 @@ class _Checkpoint:
     ) -> None:
         self._stack.close()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor `name`, cast and moved; UnsupportedModelError if absent or misshapen."""
         if name not in self._files:
@@ -113,7 +110,7 @@ def load_weights(
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding = checkpoint.read("model.embed_tokens.weight", vocabulary)
         norm = checkpoint.read("model.norm.weight", (config.hidden_size,))
-        tied = config.tie_word_embeddings or "lm_head.weight" not in checkpoint
+        tied = config.tie_word_embeddings
         head = FrozenLinear(embedding if tied else checkpoint.read("lm_head.weight", vocabulary))
     return ModelWeights(embedding, layers, norm, head, _num_bytes(embedding, layers, norm, head))
 
