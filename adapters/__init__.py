@@ -16,11 +16,13 @@ from adapters.errors import (
     UnsupportedAdapterError,
     WrongBaseError,
 )
-from adapters.factor_cache import FactorCache, FactorCacheStats
+from adapters.factor_cache import FactorCache
+from adapters.factor_cache_stats import FactorCacheStats
 from adapters.peft_adapter import read_peft_adapter
 from adapters.rebuild import rebuild_factors
 from adapters.records import AdapterRecord
-from adapters.store import AdapterStore, AddResult, StoreLimits
+from adapters.store import AdapterStore, AddResult
+from adapters.store_limits import StoreLimits
 
 __all__ = [
     "AdapterError",

@@ -9,7 +9,8 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def write_staged(staging: Path, data: bytes, *, durable: bool = True) -> Path:
         if durable:
             os.fsync(stream.fileno())
     return path
+
+
+def write_all_staged(staging: Path, contents: Mapping[Path, bytes]) -> dict[Path, Path]:
+    """A staged, durable file for each target, synced side by side: one journal commit for all."""
+    if not contents:
+        return {}
+    with ThreadPoolExecutor(len(contents)) as pool:
+        files = pool.map(lambda data: write_staged(staging, data), contents.values())
+        return dict(zip(contents, files, strict=True))
 
 
 def publish(staged: Path, target: Path) -> None:

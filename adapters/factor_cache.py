@@ -18,13 +18,14 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from adapters.background_threads import single_core_pool
 from adapters.compact import CompactAdapter
 from adapters.compact_cache import CompactCache
+from adapters.factor_cache_stats import Counters, FactorCacheStats
+from adapters.factor_entries import NO_CLAIM, FactorEntries, FactorEntry
 from adapters.rebuild import rebuild_factors
 from core.errors import AdapterUnavailableError
 from core.factors import AdapterFactors
@@ -36,71 +37,12 @@ _MAX_TIMINGS = 4096
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FactorCacheStats:
-    """Counters since the start, and sizes now.
-
-    hits                   leases on factors that were there when they were first asked for
-    misses                 flights that were started
-    evictions              entries dropped to make room
-    failures               flights that ended in an error
-    dropped_prefetches     rebuilt for a prefetch, but without room
-    over_budget            insertions after which held entries exceeded the budget
-    rebuild_seconds        sum over `num_rebuilds`, without loading
-    load_seconds           sum over `num_loads` of compact forms
-    """
-
-    hits: int
-    misses: int
-    evictions: int
-    failures: int
-    dropped_prefetches: int
-    over_budget: int
-    num_rebuilds: int
-    rebuild_seconds: float
-    num_loads: int
-    load_seconds: float
-    num_adapters: int
-    num_leases: int
-    used_bytes: int
-    budget_bytes: int
-    num_compact: int
-    compact_bytes: int
-    bank_bytes: int
-
-
-@dataclass
-class _Entry:
-    """Factors that are there."""
-
-    factors: AdapterFactors
-    claimed_until: float  # on the cache's clock; minus infinity when nobody waits
-    fresh: bool = True  # not leased yet: its first lease is the miss that brought it
-    num_leases: int = 0
-
-
-@dataclass
-class _Counters:
-    """What only grows; see FactorCacheStats."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    failures: int = 0
-    dropped_prefetches: int = 0
-    over_budget: int = 0
-    num_rebuilds: int = 0
-    rebuild_seconds: float = 0.0
-    num_loads: int = 0
-    load_seconds: float = 0.0
-
-
 class _Lease:
     """One lease; see core.factors.FactorLease."""
 
-    def __init__(self, cache: FactorCache, entry: _Entry) -> None:
+    def __init__(self, cache: FactorCache, entry: FactorEntry) -> None:
         self._cache = cache
-        self._entry: _Entry | None = entry
+        self._entry: FactorEntry | None = entry
 
     @property
     def factors(self) -> AdapterFactors:
@@ -152,12 +94,11 @@ class FactorCache:
         self._pool = single_core_pool(num_threads, "factor-cache")
         self._lock = threading.Lock()  # guards all below; held for dictionary work only
         self._closed = False
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._entries = FactorEntries(budget_bytes)
         self._flights: dict[str, bool] = {}  # digest → whether try_acquire asked for it
         self._failures: OrderedDict[str, str] = OrderedDict()  # to be raised once
         self._compacts = CompactCache(compact_budget_bytes)
-        self._used_bytes = 0
-        self._counters = _Counters()
+        self._counters = Counters()
         self._timings: deque[float] = deque(maxlen=_MAX_TIMINGS)
 
     def prefetch(self, digest: str) -> None:
@@ -172,9 +113,11 @@ class FactorCache:
         Raises AdapterUnavailableError when the last load failed; asking again tries again.
         """
         with self._lock:
-            entry = self._entries.get(digest)
-            if entry is not None:
-                return self._lease(digest, entry)
+            leased = self._entries.lease(digest)
+            if leased is not None:
+                entry, hit = leased
+                self._counters.hits += hit
+                return _Lease(self, entry)
             failure = self._failures.pop(digest, None)
             if failure is None and not self._closed:
                 self._start_flight(digest, claim=True)
@@ -189,11 +132,7 @@ class FactorCache:
         """Drop the factors and compact form of a digest, unless leased; whether factors went."""
         with self._lock:
             self._compacts.drop(digest)
-            entry = self._entries.get(digest)
-            if entry is None or entry.num_leases:
-                return False
-            self._drop(digest)
-            return True
+            return self._entries.evict(digest)
 
     @property
     def stats(self) -> FactorCacheStats:
@@ -202,8 +141,8 @@ class FactorCache:
             return FactorCacheStats(
                 **vars(self._counters),
                 num_adapters=len(self._entries),
-                num_leases=sum(entry.num_leases for entry in self._entries.values()),
-                used_bytes=self._used_bytes,
+                num_leases=self._entries.num_leases,
+                used_bytes=self._entries.used_bytes,
                 budget_bytes=self.budget_bytes,
                 num_compact=len(self._compacts),
                 compact_bytes=self._compacts.adapter_bytes,
@@ -228,32 +167,17 @@ class FactorCache:
     def check_integrity(self) -> None:
         """Assert what must hold between any two calls."""
         with self._lock:
-            entries = self._entries
-            assert self._used_bytes == sum(e.factors.num_bytes for e in entries.values())
-            assert all(entry.num_leases >= 0 for entry in entries.values())
-            assert not (entries.keys() & self._flights.keys()), "loading what is there"
-            assert not (entries.keys() & self._failures.keys()), "failed, yet there"
+            self._entries.check_integrity()
+            for digest in (*self._flights, *self._failures):
+                assert digest not in self._entries, "there, yet loading or failed"
             assert len(self._failures) <= _MAX_FAILURES and len(self._flights) <= _MAX_FLIGHTS
-            fresh_leased = [e for e in entries.values() if e.fresh and e.num_leases]
-            assert not fresh_leased
-            unclaimed = [e for e in entries.values() if not e.num_leases and not _is_claim(e)]
-            assert self._used_bytes <= self.budget_bytes or not unclaimed
             self._compacts.check_integrity()
 
     # the rest is called with the lock held, or on a background thread
 
-    def _lease(self, digest: str, entry: _Entry) -> _Lease:
-        self._counters.hits += not entry.fresh
-        entry.fresh = False
-        entry.claimed_until = _NO_CLAIM
-        entry.num_leases += 1
-        self._entries.move_to_end(digest)
-        return _Lease(self, entry)
-
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: FactorEntry) -> None:
         with self._lock:
-            assert entry.num_leases > 0
-            entry.num_leases -= 1
+            self._entries.release(entry)
             self._make_room(0)
 
     def _start_flight(self, digest: str, *, claim: bool) -> None:
@@ -303,9 +227,8 @@ class FactorCache:
                 self._counters.dropped_prefetches += 1
                 return
             self._counters.over_budget += not has_room
-            claimed_until = self._clock() + self._claim_seconds if wanted else _NO_CLAIM
-            self._entries[digest] = _Entry(factors, claimed_until)
-            self._used_bytes += factors.num_bytes
+            claimed_until = self._clock() + self._claim_seconds if wanted else NO_CLAIM
+            self._entries.insert(factors, claimed_until)
 
     def _land_failure(self, digest: str, message: str) -> None:
         logger.warning("%s", message)
@@ -324,22 +247,5 @@ class FactorCache:
             logger.exception("on_ready failed")
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Evict idle entries, least recently used first, until `num_bytes` fit; whether they do."""
-        now = self._clock()
-        for digest, entry in list(self._entries.items()):
-            if self._used_bytes + num_bytes <= self.budget_bytes:
-                break
-            if not entry.num_leases and entry.claimed_until <= now:
-                self._drop(digest)
-                self._counters.evictions += 1
-        return self._used_bytes + num_bytes <= self.budget_bytes
-
-    def _drop(self, digest: str) -> None:
-        self._used_bytes -= self._entries.pop(digest).factors.num_bytes
-
-
-_NO_CLAIM = float("-inf")
-
-
-def _is_claim(entry: _Entry) -> bool:
-    return entry.claimed_until > _NO_CLAIM
+        self._counters.evictions += self._entries.make_room(num_bytes, self._clock())
+        return self._entries.has_room(num_bytes)

@@ -1,10 +1,10 @@
 """`AdapterStore`: adapters by name in a directory that several processes may have open at once.
 
-    adapters/<digest>.safetensors   compact forms   immutable, named by content
-    banks/<digest>.safetensors      vector banks    immutable, named by content
-    manifests/<id>.json             one per name, replaced atomically; the truth about names
-    staging/                        files on their way; left-overs of killed writers
-    usage.json, lock                totals for the limits; the lock between writers
+    blobs/<digest>.adapter.safetensors  compact forms, immutable, named by content
+    blobs/<digest>.bank.safetensors     vector banks, immutable, named by content
+    manifests/<id>.json                 one per name, replaced atomically; the truth about names
+    staging/                            files on their way; left-overs of killed writers
+    usage.json, lock                    totals for the limits; the lock between writers
 
 A registration is on the disk before `add` returns. Writers take turns; readers take no lock and see
 another process's change at once, since each `resolve` looks at the manifest's stat. No operation
@@ -15,11 +15,10 @@ Knows nothing of HTTP, of other replicas, or of who may register what.
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,41 +35,25 @@ from adapters.durable_files import (
     make_directory,
     publish,
     sync_directory,
-    write_staged,
+    write_all_staged,
 )
 from adapters.errors import (
     AdapterExistsError,
-    AdapterTooLargeError,
     MalformedAdapterError,
     StoreCorruptedError,
     UnknownAdapterError,
     WrongBaseError,
 )
-from adapters.peft_adapter import MAX_CONFIG_BYTES, MAX_WEIGHTS_BYTES, compact_from_files
+from adapters.manifests import Manifests
+from adapters.peft_adapter import compact_from_files
 from adapters.peft_files import read_peft_files
 from adapters.records import AdapterRecord, check_adapter_id, manifest_name, record_of
+from adapters.store_limits import StoreLimits
+from adapters.store_paths import StorePaths
 from adapters.usage_ledger import Usage, UsageLedger
 from core.model_config import BaseInfo
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class StoreLimits:
-    """What a store accepts.
-
-    max_upload_bytes         size of an adapter's weights file
-    max_config_bytes         size of its config
-    max_rank                 largest rank of any module
-    max_adapters             registered names
-    max_total_compact_bytes  sum of all compact forms, a bank counted for each adapter that uses it
-    """
-
-    max_upload_bytes: int = MAX_WEIGHTS_BYTES
-    max_config_bytes: int = MAX_CONFIG_BYTES
-    max_rank: int = 256
-    max_adapters: int = 100_000
-    max_total_compact_bytes: int = 64 * 1024**3
 
 
 class AddResult(NamedTuple):
@@ -78,14 +61,6 @@ class AddResult(NamedTuple):
 
     record: AdapterRecord
     created: bool
-
-
-class _Stat(NamedTuple):
-    """What tells one version of a manifest from another."""
-
-    mtime_ns: int
-    inode: int
-    size: int
 
 
 class AdapterStore:
@@ -99,10 +74,10 @@ class AdapterStore:
         self.limits = limits
         self.banks = BankPool()
         self._reserved_ids = frozenset(reserved_ids)
-        self._paths = store_maintenance.StorePaths(root)
-        self._records: dict[str, tuple[_Stat, AdapterRecord]] = {}  # by manifest's file name
+        self._paths = StorePaths(root)
+        self._manifests = Manifests(self._paths.manifests)
         self._ledger = UsageLedger(
-            self._paths.usage, self._paths.staging, self._current_digest, self._count
+            self._paths.usage, self._paths.staging, self._manifests.digest, self._manifests.count
         )
 
     @classmethod
@@ -154,20 +129,21 @@ class AdapterStore:
     ) -> AddResult:
         """Register a compact form under an id; as `add`."""
         check_adapter_id(adapter_id, self._reserved_ids)
-        if adapter.max_rank > self.limits.max_rank:
-            raise AdapterTooLargeError(
-                f"rank {adapter.max_rank} is over the limit of {self.limits.max_rank}"
-            )
+        self.limits.check_rank(adapter.max_rank)
         record = record_of(adapter_id, adapter, source_files or {}, int(time.time()))
-        # the slow part, before the lock; blobs that are there already need no writing
-        staged = self._stage_blobs(adapter)
-        with exclusive_lock(self._paths.lock):
-            return self._register(record, adapter, staged, replace=replace)
+        # the slow part comes before the lock; what is there already needs no writing
+        staged = {} if self._is_registered(record) else self._stage(record, adapter)
+        try:
+            with exclusive_lock(self._paths.lock):
+                return self._register(record, adapter, staged, replace=replace)
+        finally:
+            for path in staged.values():
+                path.unlink(missing_ok=True)  # those that were published are gone from here
 
     def record(self, adapter_id: str) -> AdapterRecord:
         """The record under an id, for whichever base. Raises UnknownAdapterError."""
         check_adapter_id(adapter_id)
-        record = self._read_record(manifest_name(adapter_id))
+        record = self._manifests.read(manifest_name(adapter_id))
         if record is None:
             raise UnknownAdapterError(f"no adapter has the id {adapter_id!r}")
         return record
@@ -187,11 +163,7 @@ class AdapterStore:
 
     def records(self) -> list[AdapterRecord]:
         """All records, of whichever base, sorted by id."""
-        names = store_maintenance.file_names(self._paths.manifests)
-        for gone in self._records.keys() - set(names):
-            self._records.pop(gone, None)
-        found = (self._read_record(name) for name in names)
-        return sorted((record for record in found if record), key=lambda record: record.id)
+        return self._manifests.read_all()
 
     def remove(self, adapter_id: str) -> AdapterRecord:
         """Remove a name, durably; its content stays for those who hold the digest, until
@@ -201,8 +173,7 @@ class AdapterStore:
             record = self.record(adapter_id)
             name = manifest_name(adapter_id)
             before = self._ledger.current()
-            after = Usage(before.num_adapters - 1, before.compact_bytes - record.compact_bytes)
-            self._ledger.begin(before, after, name, None)
+            self._ledger.begin(before, before.minus(record.compact_bytes), name, None)
             self._paths.touch_blobs(record)
             (self._paths.manifests / name).unlink()
             sync_directory(self._paths.manifests)
@@ -250,92 +221,64 @@ class AdapterStore:
         with exclusive_lock(self._paths.lock):
             store_maintenance.check_integrity(self._paths, self.records())
 
-    def _stage_blobs(self, adapter: CompactAdapter) -> dict[Path, Path]:
-        """Written and synced files by the names that they will have."""
-        staged = {}
-        bank = adapter.bank
-        if bank is not None and not (path := self._paths.bank(bank.digest)).exists():
-            staged[path] = write_staged(self._paths.staging, bank_to_bytes(bank))
-        if not (path := self._paths.adapter(adapter.digest)).exists():
-            staged[path] = write_staged(self._paths.staging, adapter.to_bytes())
-        return staged
+    def _is_registered(self, record: AdapterRecord) -> bool:
+        old = self._manifests.read(manifest_name(record.id))
+        return old is not None and old.digest == record.digest
+
+    def _stage(self, record: AdapterRecord, adapter: CompactAdapter) -> dict[Path, Path]:
+        """The files that registration needs and that are not there, by the names they will have."""
+        blobs = self._missing_blobs(adapter)
+        contents = {path: encode() for path, encode in blobs.items()}
+        contents[self._paths.manifests / manifest_name(record.id)] = record.to_json()
+        return write_all_staged(self._paths.staging, contents)
+
+    def _missing_blobs(self, adapter: CompactAdapter) -> dict[Path, Callable[[], bytes]]:
+        blobs: dict[Path, Callable[[], bytes]] = {
+            self._paths.adapter(adapter.digest): adapter.to_bytes
+        }
+        if (bank := adapter.bank) is not None:
+            blobs[self._paths.bank(bank.digest)] = partial(bank_to_bytes, bank)
+        return {path: encode for path, encode in blobs.items() if not path.exists()}
 
     def _register(
         self,
         record: AdapterRecord,
         adapter: CompactAdapter,
-        staged: Mapping[Path, Path],
+        staged: dict[Path, Path],
         *,
         replace: bool,
     ) -> AddResult:
         """Under the lock: check, then blobs, then the manifest, each durable before the next."""
         name = manifest_name(record.id)
-        old = self._read_record(name)
-        try:
-            if old is not None and old.digest == record.digest:
-                sync_directory(self._paths.manifests)  # its writer may have died before this
-                return AddResult(old, created=False)
-            before, after = self._check_limits(record, old, replace=replace)
-            # a collector may have been faster than the lock
-            self._publish_blobs({**self._stage_blobs(adapter), **staged})
-        except BaseException:
-            for path in staged.values():
-                path.unlink(missing_ok=True)
-            raise
-        manifest = write_staged(self._paths.staging, record.to_json())
-        if old is not None:
-            self._paths.touch_blobs(old)
-        self._ledger.begin(before, after, name, record.digest)
-        publish(manifest, self._paths.manifests / name)
-        sync_directory(self._paths.manifests)
-        return AddResult(record, created=True)
-
-    def _publish_blobs(self, staged: Mapping[Path, Path]) -> None:
-        for target, path in staged.items():
-            publish(path, target)
-        for directory in (self._paths.banks, self._paths.adapters):
-            sync_directory(directory)
-
-    def _check_limits(
-        self, record: AdapterRecord, old: AdapterRecord | None, *, replace: bool
-    ) -> tuple[Usage, Usage]:
-        """The usage before and after, or the error that refuses the change."""
+        old = self._manifests.read(name)
+        if old is not None and old.digest == record.digest:
+            sync_directory(self._paths.manifests)  # its writer may have died before this
+            return AddResult(old, created=False)
         if old is not None and not replace:
             raise AdapterExistsError(
                 f"adapter {record.id!r} exists with other content; ask to replace it"
             )
         before = self._ledger.current()
-        old_bytes = old.compact_bytes if old is not None else 0
-        after = Usage(
-            before.num_adapters + (old is None),
-            before.compact_bytes - old_bytes + record.compact_bytes,
-        )
-        if after.num_adapters > self.limits.max_adapters:
-            raise AdapterTooLargeError(
-                f"the store is full: {self.limits.max_adapters} adapters are registered"
-            )
-        if after.compact_bytes > self.limits.max_total_compact_bytes:
-            raise AdapterTooLargeError(
-                f"the store is full: {record.compact_bytes} bytes more would exceed "
-                f"{self.limits.max_total_compact_bytes}"
-            )
-        return before, after
-
-    def _read_record(self, name: str) -> AdapterRecord | None:
-        """The record in a manifest file, read only if the file is another than last time."""
-        path = self._paths.manifests / name
-        cached = self._records.get(name)
-        try:
-            if cached is not None and cached[0] == _stat_of(path.stat()):
-                return cached[1]
-            with path.open("rb") as stream:
-                version = _stat_of(os.fstat(stream.fileno()))
-                record = AdapterRecord.from_json(stream.read())
-        except FileNotFoundError:
-            self._records.pop(name, None)
-            return None
-        self._records[name] = (version, record)
-        return record
+        after = before.plus(record.compact_bytes)
+        if old is not None:
+            after = after.minus(old.compact_bytes)
+        self.limits.check_usage(after)
+        manifest = self._paths.manifests / name
+        if not staged.keys() >= {manifest, *self._missing_blobs(adapter)}:
+            # a collector or another writer was faster than the lock
+            for path in staged.values():
+                path.unlink()
+            staged.update(self._stage(record, adapter))
+        for target, path in staged.items():
+            if target != manifest:
+                publish(path, target)
+        sync_directory(self._paths.blobs)
+        if old is not None:
+            self._paths.touch_blobs(old)
+        self._ledger.begin(before, after, name, record.digest)
+        publish(staged[manifest], manifest)
+        sync_directory(self._paths.manifests)
+        return AddResult(record, created=True)
 
     def _load_bank(self, digest: str) -> Bank:
         def read() -> Bank:
@@ -348,15 +291,3 @@ class AdapterStore:
             return bank
 
         return self.banks.get(digest, read)
-
-    def _current_digest(self, name: str) -> str | None:
-        record = self._read_record(name) if name else None
-        return record.digest if record is not None else None
-
-    def _count(self) -> Usage:
-        records = self.records()
-        return Usage(len(records), sum(record.compact_bytes for record in records))
-
-
-def _stat_of(info: os.stat_result) -> _Stat:
-    return _Stat(info.st_mtime_ns, info.st_ino, info.st_size)

@@ -1,4 +1,4 @@
-"""Where a store's files lie; garbage collection and integrity over all of them.
+"""Garbage collection and integrity over all files of a store.
 
 Every function that changes or checks files is called by the holder of the store's lock. Knows
 nothing of registration.
@@ -6,82 +6,18 @@ nothing of registration.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from adapters.compact import bank_from_bytes, blob_from_bytes
 from adapters.errors import MalformedAdapterError, StoreCorruptedError
 from adapters.records import AdapterRecord, manifest_name
+from adapters.store_paths import BANK_SUFFIX, StorePaths, file_names
 
-_SUFFIX = ".safetensors"
 _STAGING_GRACE_SECONDS = 3600.0  # a writer may be between staging and its turn
-
-
-@dataclass(frozen=True)
-class StorePaths:
-    """The names of a store's files."""
-
-    root: Path
-
-    @property
-    def adapters(self) -> Path:
-        """Compact forms by digest."""
-        return self.root / "adapters"
-
-    @property
-    def banks(self) -> Path:
-        """Banks by digest."""
-        return self.root / "banks"
-
-    @property
-    def manifests(self) -> Path:
-        """One file per id."""
-        return self.root / "manifests"
-
-    @property
-    def staging(self) -> Path:
-        """Files that have no name yet."""
-        return self.root / "staging"
-
-    @property
-    def usage(self) -> Path:
-        """The ledger."""
-        return self.root / "usage.json"
-
-    @property
-    def lock(self) -> Path:
-        """The lock between writers."""
-        return self.root / "lock"
-
-    @property
-    def directories(self) -> tuple[Path, ...]:
-        """Every directory of the store."""
-        return (self.adapters, self.banks, self.manifests, self.staging)
-
-    def adapter(self, digest: str) -> Path:
-        """The blob of a compact form."""
-        return self.adapters / f"{digest}{_SUFFIX}"
-
-    def bank(self, digest: str) -> Path:
-        """The blob of a bank."""
-        return self.banks / f"{digest}{_SUFFIX}"
-
-    def blobs_of(self, record: AdapterRecord) -> Iterator[Path]:
-        """The blobs that a record refers to."""
-        yield self.adapter(record.digest)
-        if record.bank_digest is not None:
-            yield self.bank(record.bank_digest)
-
-    def touch_blobs(self, record: AdapterRecord) -> None:
-        """Start the grace of a record's blobs now: its name is about to let go of them."""
-        for path in self.blobs_of(record):
-            with suppress(FileNotFoundError):
-                os.utime(path)
 
 
 class Garbage(NamedTuple):
@@ -91,21 +27,14 @@ class Garbage(NamedTuple):
     num_bytes: int
 
 
-def file_names(directory: Path) -> list[str]:
-    """The names in a directory, sorted."""
-    with os.scandir(directory) as entries:
-        return sorted(entry.name for entry in entries)
-
-
 def collect_garbage(
     paths: StorePaths, records: Collection[AdapterRecord], grace_seconds: float
 ) -> Garbage:
     """Delete unreferenced blobs untouched for the grace, and what killed writers left."""
     referenced = {path for record in records for path in paths.blobs_of(record)}
     deleted: list[int] = []
-    for directory in (paths.adapters, paths.banks):
-        unreferenced = (directory / name for name in file_names(directory))
-        deleted += _delete_old((p for p in unreferenced if p not in referenced), grace_seconds)
+    blobs = (paths.blobs / name for name in file_names(paths.blobs))
+    deleted += _delete_old((path for path in blobs if path not in referenced), grace_seconds)
     staged = (paths.staging / name for name in file_names(paths.staging))
     deleted += _delete_old(staged, max(grace_seconds, _STAGING_GRACE_SECONDS))
     return Garbage(len(deleted), sum(deleted))
@@ -124,10 +53,8 @@ def _delete_old(files: Iterator[Path], grace_seconds: float) -> Iterator[int]:
 
 def check_integrity(paths: StorePaths, records: Collection[AdapterRecord]) -> None:
     """Every blob has the content of its name; every name has its blobs and its own manifest."""
-    for name in file_names(paths.adapters):
-        _check_blob(paths.adapters / name)
-    for name in file_names(paths.banks):
-        _check_blob(paths.banks / name)
+    for name in file_names(paths.blobs):
+        _check_blob(paths.blobs / name)
     for record in records:
         for path in paths.blobs_of(record):
             if not path.is_file():
@@ -139,9 +66,9 @@ def check_integrity(paths: StorePaths, records: Collection[AdapterRecord]) -> No
 def _check_blob(path: Path) -> None:
     data = path.read_bytes()
     try:
-        is_bank = path.parent.name == "banks"
+        is_bank = path.name.endswith(BANK_SUFFIX)
         digest = bank_from_bytes(data).digest if is_bank else blob_from_bytes(data).digest
     except MalformedAdapterError as error:
         raise StoreCorruptedError(f"{path.name} is unreadable: {error}") from error
-    if digest != path.name.removesuffix(_SUFFIX):
+    if digest != path.name.partition(".")[0]:
         raise StoreCorruptedError(f"{path.name} has the content of {digest}")

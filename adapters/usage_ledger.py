@@ -23,6 +23,14 @@ class Usage(NamedTuple):
     num_adapters: int
     compact_bytes: int
 
+    def plus(self, compact_bytes: int) -> Usage:
+        """With one adapter more."""
+        return Usage(self.num_adapters + 1, self.compact_bytes + compact_bytes)
+
+    def minus(self, compact_bytes: int) -> Usage:
+        """With one adapter less."""
+        return Usage(self.num_adapters - 1, self.compact_bytes - compact_bytes)
+
 
 class UsageLedger:
     """The totals in a file. `digest_of` and `recount` read the store itself."""
