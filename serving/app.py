@@ -54,6 +54,9 @@ class CountAnswers:
 
         try:
             await self._app(scope, receive, send_and_look)
+        except Exception:
+            status = 500  # answered further out
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             method = scope["method"] if scope["method"] in _METHODS else "other"

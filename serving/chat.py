@@ -6,6 +6,7 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -75,10 +76,14 @@ class ChatAnswer:
     ) -> None:
         self.plans = plans
         self._body, self._prompt, self._identity = body, prompt, identity
-        self._strings = TokenStrings(tokenizer)
+        self._tokenizer = tokenizer
         self._tally = Tally([prompt], body.num_choices)
         self._begun: set[int] = set()
         self._choices: dict[int, ChatChoice] = {}
+
+    @cached_property
+    def _strings(self) -> TokenStrings:
+        return TokenStrings(self._tokenizer)
 
     def chunks(self, delta: ChoiceDelta) -> list[msgspec.Struct]:
         """The role at the beginning of a choice; then its text, unless nobody would miss it."""

@@ -6,6 +6,7 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -69,10 +70,14 @@ class CompletionAnswer:
     ) -> None:
         self.plans = plans
         self._body, self._prompts, self._identity = body, prompts, identity
-        self._tokenizer, self._strings = tokenizer, TokenStrings(tokenizer)
+        self._tokenizer = tokenizer
         self._tally = Tally(prompts, body.num_choices)
         self._begun: dict[int, int] = {}  # choice -> characters of its echoed prompt
         self._choices: dict[int, CompletionChoice] = {}
+
+    @cached_property
+    def _strings(self) -> TokenStrings:
+        return TokenStrings(self._tokenizer)
 
     def chunks(self, delta: ChoiceDelta) -> list[msgspec.Struct]:
         """A chunk with this delta's text, unless nobody would miss it."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from adapters.store import AdapterStore
 from core.model_config import BaseInfo
-from core.text import TokenStrings
 from serving.engine_client import EngineClient
 from serving.metrics import HttpMetrics
 
@@ -58,8 +57,3 @@ class Services:
     access: Access = field(default_factory=Access)
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
     replica_name: str = "ingress"
-
-    @property
-    def token_strings(self) -> TokenStrings:
-        """Strings and bytes of single tokens."""
-        return TokenStrings(self.tokenizer)
