@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from loadtest.bench.contestants import OURS_ENGINE, OURS_HTTP, PEFT_MIXED, PEFT_SINGLE
 from loadtest.bench.markdown import Report
@@ -85,6 +86,9 @@ def _throughput(axes: Axes, report: Report) -> None:
 def _latency(axes: Axes, report: Report, title: str, *, first: bool) -> None:
     _style(axes, report, f"{title} (dot: p50, bar: p99)", "ms, logarithmic")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     for x, _, name, cell in _places(report):
         values: Distribution = cell.ttft if first else cell.time_between_tokens
         if values.p50 is None or values.p99 is None:

@@ -23,6 +23,9 @@ PEFT_MIXED, PEFT_SINGLE = "PEFT, mixed batch", "PEFT, one at a time"
 OURS_HTTP, OURS_ENGINE = "vbserve over HTTP", "vbserve's engine alone"
 
 
+ORDER = (OURS_HTTP, OURS_ENGINE, PEFT_MIXED, PEFT_SINGLE)
+
+
 @dataclass(frozen=True)
 class WaveResult:
     """Records in the order of the wave's requests, and seconds from first send to last token."""

@@ -142,9 +142,16 @@ def describe_machine() -> dict[str, object]:
             f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in flags
         ],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(terse=True),
+        "system": _system(),
         "python": platform.python_version(),
     }
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return platform.system()
 
 
 def _cpu_info() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loadtest.bench.contestants import OURS_ENGINE, OURS_HTTP, PEFT_MIXED, PEFT_SINGLE
+from loadtest.bench.contestants import ORDER, OURS_ENGINE, OURS_HTTP, PEFT_MIXED, PEFT_SINGLE
 from loadtest.bench.lifecycle import Lifecycle
 from loadtest.bench.plan import WORKLOADS, BenchSizes
 from loadtest.bench.results import Cell, Cells, RoundResult, ratio
@@ -28,8 +28,9 @@ class Report:
 
     @property
     def contestants(self) -> list[str]:
-        """Names in the order of their first round, one each."""
-        return list(dict.fromkeys(contestant for contestant, _ in self.cells))
+        """Names of those that took part, ours first."""
+        there = {contestant for contestant, _ in self.cells}
+        return [name for name in ORDER if name in there]
 
     @property
     def workloads(self) -> list[str]:

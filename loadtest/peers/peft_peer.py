@@ -133,26 +133,27 @@ class PeftPeer:
         verdicts: dict[int, Answer] = {}
         base = [pair for pair in order if pair[1]["adapter"] is None]
         with self.adapters_off():
-            verdicts.update((place, self.verdict(item)) for place, item in base)
+            verdicts.update((place, verdict(self.model, item)) for place, item in base)
         for place, item in order:
             if item["adapter"] is not None:
                 self.activate(item["adapter"])
-                verdicts[place] = self.verdict(item)
+                verdicts[place] = verdict(self.model, item)
         return {"verdicts": [verdicts[place] for place in range(len(order))]}
 
-    @torch.inference_mode()
-    def verdict(self, item: Answer) -> Answer:
-        """Judge one item with what is active now."""
-        output = item["output"]
-        ids = torch.tensor([item["prompt"] + output[:-1]])
-        logits_TV = self.model(input_ids=ids, logits_to_keep=len(output)).logits[0].float()
-        top = logits_TV.topk(2)
-        for place, token_id in enumerate(output):
-            if token_id != top.indices[place, 0].item():
-                lead = (top.values[place, 0] - top.values[place, 1]).item()
-                expected = top.indices[place, 0].item()
-                return {"first_difference": place, "expected": expected, "lead": lead}
-        return {"first_difference": None, "expected": None, "lead": None}
+
+@torch.inference_mode()
+def verdict(model: Any, item: Answer) -> Answer:
+    """Judge one item with what is active in `model` now."""
+    output = item["output"]
+    ids = torch.tensor([item["prompt"] + output[:-1]])
+    logits_TV = model(input_ids=ids, logits_to_keep=len(output)).logits[0].float()
+    top = logits_TV.topk(2)
+    for place, token_id in enumerate(output):
+        if token_id != top.indices[place, 0].item():
+            lead = (top.values[place, 0] - top.values[place, 1]).item()
+            expected = top.indices[place, 0].item()
+            return {"first_difference": place, "expected": expected, "lead": lead}
+    return {"first_difference": None, "expected": None, "lead": None}
 
 
 def adapter_name(number: int) -> str:
