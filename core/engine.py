@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,19 +78,14 @@ class Engine:
         InvalidRequestError, PromptTooLongError, or AdapterUnavailableError when there is no
         source of factors at all.
         """
-        tokens, vocab_size = request.prompt_token_ids, self.model.config.vocab_size
+        tokens = request.prompt_token_ids
         if not tokens:
             raise InvalidRequestError(
                 "the prompt is empty, it must have at least one token", param="prompt"
             )
-        bad = next(
-            (t for t in (*tokens, *request.sampling.logit_bias) if not 0 <= t < vocab_size), None
-        )
-        if bad is not None:
-            raise InvalidRequestError(
-                f"token id {bad} is not in the vocabulary, must be in [0, {vocab_size})",
-                param="prompt",
-            )
+        self._check_token_ids("prompt", tokens)
+        self._check_token_ids("logit_bias", request.sampling.logit_bias)
+        self._check_token_ids("stop_token_ids", request.sampling.stop_token_ids)
         wanted = len(tokens) + request.sampling.max_tokens
         if wanted > self.max_model_len:
             raise PromptTooLongError(
@@ -99,6 +95,15 @@ class Engine:
             )
         if request.adapter_digest is not None and not self._has_factors:
             raise AdapterUnavailableError("this engine was built without a source of adapters")
+
+    def _check_token_ids(self, param: str, token_ids: Iterable[int]) -> None:
+        vocab_size = self.model.config.vocab_size
+        bad = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise InvalidRequestError(
+                f"token id {bad} is not in the vocabulary, must be in [0, {vocab_size})",
+                param=param,
+            )
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises as `check` does, and EngineOverloadedError."""

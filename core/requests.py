@@ -5,7 +5,7 @@ Knows nothing of tokenizers (stop strings are the caller's, who aborts), adapter
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -61,11 +61,11 @@ class SamplingParams:
 
 
 def _check(
-    name: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
+    name: str, value: float, low: float, high: float = sys.maxsize, *, open_low: bool = False
 ) -> None:
     """Raise InvalidRequestError unless low <= value <= high (low < value where `open_low`)."""
     inside = (low < value if open_low else low <= value) and value <= high
-    if not inside or not math.isfinite(value):
+    if not inside:  # NaN is not either
         bounds = f"{'(' if open_low else '['}{low}, {high}]"
         raise InvalidRequestError(f"{name} is {value}, must be in {bounds}", param=name)
 

@@ -25,11 +25,19 @@ def sample(logits_RV: Tensor, seqs: Seq[Sequence], eos_token_ids: frozenset[int]
     """The next token of each sequence from its row of logits."""
     rows = _adjusted(logits_RV, seqs, eos_token_ids)
     tokens: list[int] = rows.argmax(dim=-1).tolist()
-    random = [index for index, seq in enumerate(seqs) if seq.request.sampling.temperature > 0]
-    if random:
-        picked = _sample_random(rows[random].float(), [seqs[index] for index in random])
-        for index, token in zip(random, picked, strict=True):
-            tokens[index] = token
+    # Apart, since sorting gives a token another share of the unit interval: what other rows of
+    # the batch ask for must not change what this one draws.
+    for filtered in (False, True):
+        random = [
+            index
+            for index, seq in enumerate(seqs)
+            if seq.request.sampling.temperature > 0 and _is_filtered(seq) == filtered
+        ]
+        if random:
+            own_seqs = [seqs[index] for index in random]
+            picked = _sample_random(rows[random].float(), own_seqs, filtered=filtered)
+            for index, token in zip(random, picked, strict=True):
+                tokens[index] = token
     return tokens
 
 
@@ -39,7 +47,7 @@ def logprobs_of(logits_RV: Tensor, token_ids: Seq[int], num_top: int) -> list[To
     chosen = torch.tensor(token_ids, device=logits_RV.device)[:, None]
     own_R1 = logprobs_RV.gather(1, chosen)
     rank_R = (logprobs_RV > own_R1).sum(dim=-1) + 1
-    top = logprobs_RV.topk(num_top, dim=-1)
+    top = logprobs_RV.topk(min(num_top, logprobs_RV.shape[-1]), dim=-1)
     return [
         TokenLogprobs(token, own, rank, dict(zip(ids, values, strict=True)))
         for token, own, rank, ids, values in zip(
@@ -65,7 +73,7 @@ def _adjusted(logits_RV: Tensor, seqs: Seq[Sequence], eos_token_ids: frozenset[i
     changed = [index for index, seq in enumerate(seqs) if _needs_adjusting(seq)]
     if not changed:
         return logits_RV
-    rows = logits_RV.clone()
+    rows = logits_RV.to(torch.float32, copy=True)  # small adjustments are lost in bf16
     for index in changed:
         _adjust(rows[index], seqs[index], eos_token_ids)
     return rows
@@ -86,10 +94,16 @@ def _adjust(row_V: Tensor, seq: Sequence, eos_token_ids: frozenset[int]) -> None
         for token, count in counts.items():
             row_V[token] -= params.presence_penalty + count * params.frequency_penalty
     if seq.num_output < params.min_tokens:
-        row_V[list(eos_token_ids | params.stop_token_ids)] = float("-inf")
+        stops = eos_token_ids | params.stop_token_ids
+        row_V[[token for token in stops if token < len(row_V)]] = float("-inf")
 
 
-def _sample_random(logits_RV: Tensor, seqs: Seq[Sequence]) -> list[int]:
+def _is_filtered(seq: Sequence) -> bool:
+    params = seq.request.sampling
+    return bool(params.top_p < 1 or params.top_k or params.min_p)
+
+
+def _sample_random(logits_RV: Tensor, seqs: Seq[Sequence], *, filtered: bool) -> list[int]:
     params = [seq.request.sampling for seq in seqs]
 
     def column(values: Seq[float]) -> Tensor:
@@ -99,7 +113,7 @@ def _sample_random(logits_RV: Tensor, seqs: Seq[Sequence]) -> list[int]:
     # Shifted first, so that a tiny temperature leaves the best token at 0 instead of infinity.
     shifted = logits_RV.double() - logits_RV.amax(dim=-1, keepdim=True)
     probs_RV = (shifted / temperature).softmax(dim=-1)
-    if any(p.top_p < 1 or p.top_k or p.min_p for p in params):
+    if filtered:
         probs_RV, ids_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
         probs_RV = _filtered(probs_RV, params, column)
     else:
