@@ -55,10 +55,11 @@ def metrics_guard(access: Access) -> Guard:
     return guard
 
 
-def _require(request: Request, keys: Sequence[str]) -> str:
+def _require(request: Request, keys: Sequence[str]) -> bytes:
     """The request's key, which is one of `keys`; ApiError 401 otherwise."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and _is_one_of(key.strip(), keys):
+    header = request.headers.get("authorization", "").encode("latin-1")  # as it came
+    scheme, _, key = header.partition(b" ")
+    if scheme.lower() == b"bearer" and _is_one_of(key.strip(), keys):
         return key.strip()
     problem = "the API key is not valid" if key else "an API key is needed"
     raise ApiError(
@@ -69,13 +70,10 @@ def _require(request: Request, keys: Sequence[str]) -> str:
     )
 
 
-def _is_one_of(key: str, keys: Sequence[str]) -> bool:
+def _is_one_of(key: bytes, keys: Sequence[str]) -> bool:
     """Takes as long for every key of every length, whichever of `keys` it equals."""
+    hashed = hashlib.sha256(key).digest()
     found = False
     for known in keys:
-        found |= hmac.compare_digest(_hash(key), _hash(known))
+        found |= hmac.compare_digest(hashed, hashlib.sha256(known.encode()).digest())
     return found
-
-
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

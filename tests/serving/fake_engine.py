@@ -41,6 +41,7 @@ class FakeEngine:
     end_with: tuple[int, FinishReason] | None = None
     is_ready: bool = True
     pages: Mapping[str, Page] = field(default_factory=dict)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
     requests: list[GenerationRequest] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -48,6 +49,7 @@ class FakeEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         self.requests.append(request)
+        self.started.set()
         if self.refuse is not None:
             raise self.refuse
         ended = False
