@@ -27,7 +27,7 @@ check: $(INSTALLED)
 	@$(BIN)/lint-imports
 
 bench: $(INSTALLED)
-	@$(BIN)/python -m bench $(ARGS)
+	@$(BIN)/python -m loadtest.bench $(ARGS)
 
 # Made again when the requirements change; a half-finished one is finished by the next make.
 $(INSTALLED): pyproject.toml constraints.txt

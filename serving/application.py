@@ -6,6 +6,7 @@ Knows what runs where and how many requests each part takes; nothing of what the
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ def deployed(settings: Settings, base_name: str, base: BaseInfo) -> Iterator[Non
 
     Raises RuntimeError with Serve's words when a deployment fails.
     """
+    logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
     was_running = bool(serve.status().proxies)
     serve.start(
         proxy_location="HeadOnly",
@@ -45,10 +47,9 @@ def deployed(settings: Settings, base_name: str, base: BaseInfo) -> Iterator[Non
         serve.run(_application(settings, base_name, base), name=APP_NAME, route_prefix="/")
         yield
     finally:
-        if was_running:
-            serve.delete(APP_NAME)
-        else:
-            serve.shutdown()
+        serve.delete(APP_NAME)  # lets running requests end, for _STOP_SECONDS at most
+        if settings.ray_address is not None and not was_running:
+            serve.shutdown()  # what a private cluster runs ends with it
 
 
 def _application(settings: Settings, base_name: str, base: BaseInfo) -> serve.Application:

@@ -68,3 +68,7 @@ def main() -> None:
     Start with `vbserve serve`: without options it serves SmolLM2-135M-Instruct and four adapters on
     http://127.0.0.1:8000.
     """
+
+
+if __name__ == "__main__":
+    main()

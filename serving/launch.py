@@ -48,14 +48,20 @@ def serve_forever(settings: Settings, console: Console) -> None:
     Raises LaunchError, and what reading the base or an adapter raises, after stopping all.
     """
     stages = Stages(console)
-    with _interruptible(), contextlib.suppress(KeyboardInterrupt):
+    with _interruptible(), contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as server:
         check_port_is_free(settings.host, settings.port)
         base = _find_base(settings, stages)
         store = _open_store(settings, base, stages)
-        with _cluster(settings, stages), _application(settings, base, stages):
-            console.print(ready_message(settings, base.name, served_ids(store)), soft_wrap=True)
+        with stages.stage("Ray"):
+            server.enter_context(_cluster(settings))
+        with stages.stage("engine and HTTP"):
+            server.enter_context(_application(settings, base))
+        console.print(ready_message(settings, base.name, served_ids(store)), soft_wrap=True)
+        try:
             threading.Event().wait()
-    console.print("Stopped.")
+        finally:
+            with stages.stage("stopped"):
+                server.close()
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -121,30 +127,26 @@ def _open_store(settings: Settings, base: NamedBase, stages: Stages) -> AdapterS
 
 
 @contextlib.contextmanager
-def _cluster(settings: Settings, stages: Stages) -> Iterator[None]:
+def _cluster(settings: Settings) -> Iterator[None]:
     if settings.ray_address is None:
         cluster = private_cluster(num_cpus=len(os.sched_getaffinity(0)))
     else:
         cluster = existing_cluster(settings.ray_address)
-    with contextlib.ExitStack() as stack:
-        with stages.stage("Ray"):
-            stack.enter_context(cluster)
-        stack.callback(stages.tell, "stopping")
+    with cluster:
         _arm_signals()  # Ray has put its own handler there
         yield
 
 
 @contextlib.contextmanager
-def _application(settings: Settings, base: NamedBase, stages: Stages) -> Iterator[None]:
+def _application(settings: Settings, base: NamedBase) -> Iterator[None]:
     from serving.application import deployed  # only now: it imports Ray, see `cluster`
 
     with contextlib.ExitStack() as stack:
-        with stages.stage("engine and HTTP"):
-            try:
-                stack.enter_context(deployed(settings, base.name, base.info))
-            except RuntimeError as error:  # what Serve raises for a deployment that fails
-                raise LaunchError(f"the server did not come up: {error}") from error
-            _wait_until_ready(server_url(settings))
+        try:
+            stack.enter_context(deployed(settings, base.name, base.info))
+        except RuntimeError as error:  # what Serve raises for a deployment that fails
+            raise LaunchError(f"the server did not come up: {error}") from error
+        _wait_until_ready(server_url(settings))
         yield
 
 
