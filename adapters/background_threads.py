@@ -17,10 +17,11 @@ def single_core_pool(num_threads: int, name: str) -> ThreadPoolExecutor:
     lock = threading.Lock()
 
     def start() -> None:
-        # torch keeps the number per thread, but also notes the last one set for threads to come:
-        # so set it here, then let a passing thread note the usual one again
+        # torch keeps the number per thread, but also notes the last one set for threads that have
+        # not asked yet: so set it and ask, then let a passing thread note the usual one again
         with lock:
             torch.set_num_threads(1)
+            torch.get_num_threads()
             passing = threading.Thread(target=torch.set_num_threads, args=(usual,))
             passing.start()
             passing.join()

@@ -6,7 +6,6 @@ set. Keys of later PEFT versions are unknown here and refused when set. Knows no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +44,8 @@ _REFUSED = {
     "use_qalora": "QA-LoRA pools the inputs of quantised layers",
     "velora_config": "VeLoRA is not served",
 }
+
+_MAX_NUMBER = 1e30  # far from overflow in float32
 
 _SERVED_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
@@ -96,7 +97,7 @@ def as_positive_int(value: Any, key: str) -> int:
 
 def as_finite(value: Any, key: str) -> float:
     """`value` as a finite float; MalformedAdapterError names `key` otherwise."""
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
+    if type(value) not in (int, float) or not abs(value) <= _MAX_NUMBER:  # not: NaN compares false
         raise MalformedAdapterError(f"{key} is {_short(value)}, must be a finite number")
     return float(value)
 
