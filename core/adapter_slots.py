@@ -44,19 +44,19 @@ class ColumnRows:
     last: int
 
 
-class AdapterBinding:
+class StackBinding:
     """What one step adds to the base's outputs; made by `AdapterSlots.bind`."""
 
     def __init__(
-        self, stacks: Seq[Seq[_Stack]], rows: tuple[ColumnRows, ...], mask_TC1: Tensor | None
+        self, stacks: Seq[Seq[_Stack]], rows: tuple[ColumnRows, ...], others_TC1: Tensor | None
     ):
-        self._stacks, self._rows, self._mask_TC1 = stacks, rows, mask_TC1
+        self._stacks, self._rows, self._others_TC1 = stacks, rows, others_TC1
 
     def add(self, layer: int, fused: int, x_TI: Tensor, y_TO: Tensor) -> None:
         """Add the increments of `FUSED_PROJECTIONS[fused]` to `y_TO` in place."""
         stack = self._stacks[layer][fused]
-        if self._mask_TC1 is not None:
-            _add_masked(stack, x_TI, y_TO, self._mask_TC1)
+        if self._others_TC1 is not None:
+            _add_masked(stack, x_TI, y_TO, self._others_TC1)
             return
         for rows in self._rows:
             _add_rows(stack, x_TI[rows.start : rows.end], y_TO[rows.start : rows.end], rows)
@@ -82,7 +82,7 @@ class AdapterSlots:
             for stack in layer
         )
 
-    def bind(self, adapter_rows: Seq[AdapterRows]) -> AdapterBinding | None:
+    def bind(self, adapter_rows: Seq[AdapterRows]) -> StackBinding | None:
         """Bring the adapters of these rows into the stacks; None when all rows are the base's."""
         active = {
             rows.lease.factors.digest: rows.lease.factors
@@ -92,11 +92,14 @@ class AdapterSlots:
         if not active:
             return None
         self._place(active)
-        rows = tuple(self._columns_of(entry) for entry in adapter_rows if entry.lease is not None)
-        mask = None
+        bound = (self._columns_of(entry) for entry in adapter_rows if entry.lease is not None)
+        rows = tuple(entry for entry in bound if entry.first < entry.last)
+        if not rows:  # adapters without pairs
+            return None
+        others = None
         if _prefer_mask(rows, self._last_column(active)):
-            mask = self._mask(rows, adapter_rows[-1].end, self._last_column(active))
-        return AdapterBinding(self._stacks, rows, mask)
+            others = self._others(rows, adapter_rows[-1].end, self._last_column(active))
+        return StackBinding(self._stacks, rows, others)
 
     def check_integrity(self) -> None:
         """Assert that ranges of columns are disjoint and inside the stacks."""
@@ -111,11 +114,12 @@ class AdapterSlots:
     def _last_column(self, active: dict[str, AdapterFactors]) -> int:
         return max(self._range_of[digest][1] for digest in active)
 
-    def _mask(self, rows: tuple[ColumnRows, ...], num_rows: int, num_columns: int) -> Tensor:
-        mask_TC = torch.zeros(num_rows, num_columns, device=self._device, dtype=self._dtype)
+    def _others(self, rows: tuple[ColumnRows, ...], num_rows: int, num_columns: int) -> Tensor:
+        """Bool: True where a column is not the row's own."""
+        others_TC = torch.ones(num_rows, num_columns, device=self._device, dtype=torch.bool)
         for entry in rows:
-            mask_TC[entry.start : entry.end, entry.first : entry.last] = 1
-        return mask_TC[..., None]
+            others_TC[entry.start : entry.end, entry.first : entry.last] = False
+        return others_TC[..., None]
 
     # -- placing -------------------------------------------------------------------------------
 
@@ -206,10 +210,11 @@ def _prefer_mask(rows: tuple[ColumnRows, ...], num_columns: int) -> bool:
     return wasted <= own + 256 * len(rows)
 
 
-def _add_masked(stack: _Stack, x_TI: Tensor, y_TO: Tensor, mask_TC1: Tensor) -> None:
-    num_columns = mask_TC1.shape[1]
+def _add_masked(stack: _Stack, x_TI: Tensor, y_TO: Tensor, others_TC1: Tensor) -> None:
+    num_columns = others_TC1.shape[1]
     a_CJI = stack.a_CJI[:num_columns]
-    h_TCJ = (x_TI @ a_CJI.flatten(0, 1).T).unflatten(1, (num_columns, -1)) * mask_TC1
+    h_TCJ = (x_TI @ a_CJI.flatten(0, 1).T).unflatten(1, (num_columns, -1))
+    h_TCJ.masked_fill_(others_TC1, 0)  # times 0, another adapter's inf would come through as NaN
     start = 0
     for index, b_CO in enumerate(stack.b_JCO):
         end = start + b_CO.shape[1]

@@ -3,7 +3,8 @@
 Rows (tokens) stand in this order: chunks of one token (decodes) sorted by adapter, then longer
 chunks (prompts) sorted by adapter. Knows nothing of weights.
 
-Shape legend: T rows of the step, S single-token chunks, P pages of the longest of them.
+Shape legend: T rows of the step, S single-token chunks, P pages of the longest of them, L places in
+those pages.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +30,14 @@ IntArray = npt.NDArray[np.int64]
 class DecodeRows:
     """Rows 0..S-1 of the batch: one token each, attending to the whole of its own sequence.
 
-    `page_SP` int64, padded with page 0; `length_S` int64, tokens to attend to (itself included).
+    page_SP      int64, padded with the row's own first page
+    length_S     int64, tokens to attend to (itself included)
+    visible_SL   bool, L = P * page_size: the places that lie before length_S
     """
 
     page_SP: Tensor
     length_S: Tensor
+    visible_SL: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Batch:
 
     token_T, position_T, kv_slot_T  int64: token id, position in its sequence, page*page_size+offset
     length_T      the sequence length that rotary scaling goes by, where it depends on one
+    tail_page_P   int64 pages that this step begins and does not fill
     decode        None when no chunk has a single token
     adapter_rows  cover all rows in order; base-only batches have one entry without a lease
     head_row_R    int64 rows whose logits are wanted, in the order of `logit_spans`
@@ -70,6 +76,7 @@ class Batch:
     token_T: Tensor
     position_T: Tensor
     kv_slot_T: Tensor
+    tail_page_P: Tensor
     length_T: list[int] | None
     decode: DecodeRows | None
     prompts: tuple[PromptRows, ...]
@@ -92,7 +99,7 @@ def build_batch(
     starts = np.cumsum([0, *(chunk.num_tokens for chunk in ordered)])
     head_rows, spans = _logit_rows(ordered, starts)
 
-    def put(array: IntArray) -> Tensor:
+    def put(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return Batch(
@@ -100,8 +107,9 @@ def build_batch(
         token_T=put(np.fromiter((t for part in tokens for t in part), np.int64, starts[-1])),
         position_T=put(np.concatenate(positions)),
         kv_slot_T=put(np.concatenate(slots)),
+        tail_page_P=put(_tail_pages(ordered, page_size)),
         length_T=_rotary_lengths(ordered) if with_lengths else None,
-        decode=_decode_rows(ordered[:num_decode], put) if num_decode else None,
+        decode=_decode_rows(ordered[:num_decode], page_size, put) if num_decode else None,
         prompts=tuple(
             PromptRows(
                 int(start),
@@ -122,6 +130,15 @@ def _kv_slots(chunk: Chunk, positions: IntArray, page_size: int) -> IntArray:
     return pages[positions // page_size] * page_size + positions % page_size
 
 
+def _tail_pages(chunks: Seq[Chunk], page_size: int) -> IntArray:
+    tails = [
+        chunk.seq.pages[chunk.end // page_size]
+        for chunk in chunks
+        if chunk.end % page_size and chunk.start <= chunk.end // page_size * page_size
+    ]
+    return np.array(tails, dtype=np.int64)
+
+
 def _rotary_lengths(chunks: Seq[Chunk]) -> list[int]:
     return [
         max(chunk.seq.num_prompt, position + 1)
@@ -130,12 +147,17 @@ def _rotary_lengths(chunks: Seq[Chunk]) -> list[int]:
     ]
 
 
-def _decode_rows(chunks: Seq[Chunk], put: Callable[[IntArray], Tensor]) -> DecodeRows:
+def _decode_rows(
+    chunks: Seq[Chunk], page_size: int, put: Callable[[npt.NDArray[Any]], Tensor]
+) -> DecodeRows:
     num_pages = max(len(chunk.seq.pages) for chunk in chunks)
-    pages = np.zeros((len(chunks), num_pages), dtype=np.int64)
+    pages = np.empty((len(chunks), num_pages), dtype=np.int64)
     for row, chunk in enumerate(chunks):
+        pages[row] = chunk.seq.pages[0]
         pages[row, : len(chunk.seq.pages)] = chunk.seq.pages
-    return DecodeRows(put(pages), put(np.array([chunk.end for chunk in chunks])))
+    lengths = np.array([chunk.end for chunk in chunks])
+    visible = np.arange(num_pages * page_size) < lengths[:, None]
+    return DecodeRows(put(pages), put(lengths), put(visible))
 
 
 def _adapter_rows(chunks: Seq[Chunk], starts: IntArray) -> tuple[AdapterRows, ...]:

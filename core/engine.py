@@ -15,16 +15,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.adapter_slots import AdapterSlots
 from core.attention import KVStorage, bytes_per_token
 from core.batch import Batch, build_batch, wants_prompt_logprobs
 from core.engine_config import EngineConfig
 from core.errors import AdapterUnavailableError, InvalidRequestError, PromptTooLongError
 from core.factors import FactorSource
+from core.kernels.build import load_library
+from core.kernels.cpu_ops import CpuOps
 from core.kv_cache import KVPool
 from core.model import LlamaModel
-from core.model_config import read_model_config
-from core.requests import FinishReason, GenerationRequest, RequestOutput, TokenLogprobs
+from core.model_config import ModelConfig, read_model_config
+from core.ops import Ops, TorchOps
+from core.requests import (
+    FinishReason,
+    GenerationRequest,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 from core.sampler import logprobs_of, sample
 from core.scheduler import Scheduler
 from core.sequence import Chunk, Sequence, Status
@@ -64,7 +72,6 @@ class Engine:
         )
         limit = model.config.max_model_len if model.rotary.depends_on_length else None
         self.scheduler = Scheduler(config, self._pool, factor_source, max_reusable_prompt=limit)
-        self.slots = AdapterSlots(model.config, model.device, model.dtype)
         self._sequences: dict[str, Sequence] = {}
         self.num_steps = 0
         own_limit = config.max_model_len or model.config.max_model_len
@@ -85,7 +92,7 @@ class Engine:
             )
         self._check_token_ids("prompt", tokens)
         self._check_token_ids("logit_bias", request.sampling.logit_bias)
-        self._check_token_ids("stop_token_ids", request.sampling.stop_token_ids)
+        self._check_stops(request.sampling)
         wanted = len(tokens) + request.sampling.max_tokens
         if wanted > self.max_model_len:
             raise PromptTooLongError(
@@ -95,6 +102,15 @@ class Engine:
             )
         if request.adapter_digest is not None and not self._has_factors:
             raise AdapterUnavailableError("this engine was built without a source of adapters")
+
+    def _check_stops(self, params: SamplingParams) -> None:
+        self._check_token_ids("stop_token_ids", params.stop_token_ids)
+        stops = params.stop_token_ids | self.model.config.eos_token_ids
+        if params.min_tokens and len(stops) >= self.model.config.vocab_size:
+            raise InvalidRequestError(
+                f"stop_token_ids leaves none for min_tokens {params.min_tokens}, must leave one",
+                param="stop_token_ids",
+            )
 
     def _check_token_ids(self, param: str, token_ids: Iterable[int]) -> None:
         vocab_size = self.model.config.vocab_size
@@ -138,43 +154,60 @@ class Engine:
             self.model.device,
             with_lengths=self.model.rotary.depends_on_length,
         )
-        adapters = self.slots.bind(batch.adapter_rows)
+        adapters = self.model.ops.bind(batch.adapter_rows)
         logits_RV = self.model.forward(batch, self._kv, adapters)
         tokens = self._sample(batch, logits_RV)
         self.num_steps += 1
         return outputs + self._update(batch, tokens)
 
-    def _sample(self, batch: Batch, logits_RV: Tensor) -> dict[Sequence, _Sampled]:
-        """New tokens of the sequences that sample, with logprobs; fills prompt logprobs."""
+    def _sample(self, batch: Batch, logits_RV: Tensor) -> dict[Sequence, _Sampled | None]:
+        """New tokens of the sequences that sample, with logprobs; fills prompt logprobs.
+
+        None for a sequence whose logits are not finite: factors may overflow in the forward.
+        """
+        finite = logits_RV.amax(dim=-1).isfinite().tolist()
+        found: dict[Sequence, _Sampled | None] = {}
         rows: list[int] = []
         seqs: list[Sequence] = []
         end = 0
         for chunk, num_rows in batch.logit_spans:
             end += num_rows
+            if not all(finite[end - num_rows : end]):
+                found[chunk.seq] = None
+                continue
             if wants_prompt_logprobs(chunk):
                 _fill_prompt_logprobs(chunk, logits_RV[end - num_rows : end])
             if chunk.samples and chunk.seq.request.sampling.max_tokens > 0:
                 rows.append(end - 1)
                 seqs.append(chunk.seq)
         if not seqs:
-            return {}
+            return found
         chosen_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
         tokens = sample(chosen_RV, seqs, self.model.config.eos_token_ids)
         logprobs = _sampled_logprobs(chosen_RV, seqs, tokens)
-        return {
-            seq: _Sampled(token, logprobs.get(seq)) for seq, token in zip(seqs, tokens, strict=True)
-        }
+        for seq, token in zip(seqs, tokens, strict=True):
+            found[seq] = _Sampled(token, logprobs.get(seq))
+        return found
 
-    def _update(self, batch: Batch, sampled: dict[Sequence, _Sampled]) -> list[RequestOutput]:
+    def _update(
+        self, batch: Batch, sampled: dict[Sequence, _Sampled | None]
+    ) -> list[RequestOutput]:
         outputs = []
         for chunk in batch.chunks:
             self.scheduler.complete(chunk)
             seq = chunk.seq
             if seq in sampled:
-                outputs.append(self._append(seq, sampled[seq]))
+                new = sampled[seq]
+                outputs.append(self._fail(seq) if new is None else self._append(seq, new))
             elif chunk.samples:
-                outputs.append(self._finish(seq, FinishReason.LENGTH))
+                outputs.append(self._finish(seq, FinishReason.LENGTH, is_first=True))
         return outputs
+
+    def _fail(self, seq: Sequence) -> RequestOutput:
+        weights = "the base's" if seq.digest is None else f"adapter {seq.digest}'s"
+        return self._finish(
+            seq, FinishReason.ERROR, error=f"{weights} logits are not finite for this request"
+        )
 
     def _append(self, seq: Sequence, new: _Sampled) -> RequestOutput:
         seq.token_ids.append(new.token_id)
@@ -184,7 +217,7 @@ class Engine:
         reason = self._finish_reason(seq, new.token_id)
         logprobs = () if new.logprobs is None else (new.logprobs,)
         if reason is not None:
-            return self._finish(seq, reason, (new.token_id,), logprobs)
+            return self._finish(seq, reason, (new.token_id,), logprobs, is_first=is_first)
         return RequestOutput(
             seq.request.request_id,
             (new.token_id,),
@@ -210,6 +243,8 @@ class Engine:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
         error: str | None = None,
+        *,
+        is_first: bool = False,
     ) -> RequestOutput:
         if seq.status is not Status.FINISHED:
             self.scheduler.finish(seq)
@@ -218,7 +253,7 @@ class Engine:
             seq.request.request_id,
             token_ids,
             logprobs,
-            prompt_logprobs=_prompt_logprobs(seq) if seq.num_output <= 1 else None,
+            prompt_logprobs=_prompt_logprobs(seq) if is_first else None,
             finish_reason=reason,
             error=error,
             num_cached_tokens=seq.num_cached_tokens,
@@ -244,14 +279,14 @@ class Engine:
             base_bytes=self.model.weights.num_bytes,
             kv_bytes_total=self._kv.num_bytes,
             kv_bytes_used=self._pool.num_used * page_bytes,
-            adapter_slot_bytes=self.slots.num_bytes,
+            adapter_slot_bytes=self.model.ops.adapter_bytes,
             device_bytes=torch.cuda.memory_allocated(self.model.device) if on_cuda else 0,
         )
 
     def check_integrity(self) -> None:
-        """Assert that scheduler, pages, leases and slots agree."""
+        """Assert that scheduler, pages, leases and bindings agree."""
         self.scheduler.check_integrity()
-        self.slots.check_integrity()
+        self.model.ops.check_integrity()
         known = {id(seq) for seq in self._sequences.values()}
         listed = {id(seq) for seq in (*self.scheduler.running, *self.scheduler.waiting)}
         assert known == listed | {id(seq) for seq, _ in self.scheduler.failed}, "sequences differ"
@@ -276,7 +311,19 @@ def load_engine(
     device, dtype = resolve_placement(config)
     model_config = read_model_config(Path(path))
     weights = load_weights(Path(path), model_config, device, dtype)
-    return Engine(LlamaModel(model_config, weights), config, factor_source)
+    ops = make_ops(model_config, device, dtype, compiled=config.compiled_kernels)
+    return Engine(LlamaModel(model_config, weights, ops), config, factor_source)
+
+
+def make_ops(
+    model_config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> Ops:
+    """Compiled kernels for fp32 on the CPU where they can be had, else torch's operations."""
+    if compiled and device.type == "cpu" and dtype == torch.float32:
+        library = load_library()
+        if library is not None:
+            return CpuOps(model_config, library)
+    return TorchOps(model_config, device, dtype)
 
 
 def resolve_placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:

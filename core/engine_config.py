@@ -26,6 +26,7 @@ class EngineConfig:
     max_waiting_per_adapter  queued requests of one adapter (the base counts as one)
     enable_prefix_caching    reuse pages of equal prompts under the same digest
     num_threads              None leaves torch's own number of CPU threads
+    compiled_kernels         on the CPU in fp32, use the C kernels where a compiler is installed
     """
 
     device: Device = "auto"
@@ -39,6 +40,7 @@ class EngineConfig:
     max_waiting_per_adapter: int = 256
     enable_prefix_caching: bool = True
     num_threads: int | None = None
+    compiled_kernels: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):

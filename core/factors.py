@@ -37,9 +37,11 @@ class LowRankPair(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterFactors:
     """All factors of one adapter, rebuilt. Immutable while any lease on it is held.
+
+    Tensors are contiguous, on the engine's device and in its dtype.
 
     Modules that the adapter leaves alone have no pair. Pairs may differ in rank. `num_bytes` is
     the size of the storage that the pairs view.

@@ -3,7 +3,7 @@
 Knows nothing of requests or scheduling; adapters are a binding that adds to projections.
 
 Shape legend: T rows of the step, R rows that want logits, H hidden size, V vocabulary, N query
-and key heads together, K key heads, D head dimension.
+heads, D head dimension, O output features.
 """
 
 from __future__ import annotations
@@ -12,74 +12,81 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.adapter_slots import AdapterBinding
-from core.attention import KVStorage, decode_mask, paged_attention
+from core.attention import KVStorage, prompt_attention
 from core.batch import Batch
 from core.model_config import ModelConfig
-from core.rotary import Rotary, rotate
+from core.ops import AdapterBinding, Ops
+from core.rotary import Rotary
 from core.weights import LayerWeights, ModelWeights
 
-QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  places in FUSED_PROJECTIONS
+QKV, OUT, GATE_UP, DOWN = range(4)  # places in weights.FUSED_PROJECTIONS
 
 
 class LlamaModel:
     """Frozen weights and the code that runs them."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
+        self.config, self.weights, self.ops = config, weights, ops
         self.device, self.dtype = weights.embedding_VH.device, weights.embedding_VH.dtype
         self.rotary = Rotary(config, self.device, self.dtype)
+        layers = weights.layers
+        # The norm that follows each layer's MLP: the next layer's first, at last the final one.
+        self._norms_after = [*(layer.input_norm_H for layer in layers[1:]), weights.norm_H]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVStorage, adapters: AdapterBinding | None) -> Tensor:
         """Write the step's keys and values into `kv`; return logits [R, V] in the model's dtype."""
-        x_TH = F.embedding(batch.token_T, self.weights.embedding_VH)
+        weights, ops = self.weights, self.ops
         cos_sin = self.rotary.tables(batch.position_T, batch.length_T)
-        mask = decode_mask(batch, kv.page_size, self.dtype)
-        for index, layer in enumerate(self.weights.layers):
-            x_TH = x_TH + self._attention(index, layer, x_TH, batch, kv, adapters, cos_sin, mask)
-            x_TH = x_TH + self._mlp(index, layer, x_TH, adapters)
-        return self.weights.head(self._norm(x_TH[batch.head_row_R], self.weights.norm_H))
+        kv.clear(batch.tail_page_P)
+        x_TH = F.embedding(batch.token_T, weights.embedding_VH)
+        h_TH = ops.rms_norm(x_TH, weights.layers[0].input_norm_H)
+        for index, layer in enumerate(weights.layers):
+            mixed_TH = self._attention(index, layer, h_TH, batch, kv, adapters, cos_sin)
+            h_TH = ops.rms_norm(x_TH, layer.post_attention_norm_H, mixed_TH)
+            mlp_TH = self._mlp(index, layer, h_TH, adapters)
+            h_TH = ops.rms_norm(x_TH, self._norms_after[index], mlp_TH)
+        return weights.head(h_TH[batch.head_row_R])
 
     def _attention(
         self,
         index: int,
         layer: LayerWeights,
-        x_TH: Tensor,
+        h_TH: Tensor,
         batch: Batch,
         kv: KVStorage,
         adapters: AdapterBinding | None,
         cos_sin: tuple[Tensor, Tensor],
-        mask: Tensor | None,
     ) -> Tensor:
-        config = self.config
-        h_TH = self._norm(x_TH, layer.input_norm_H)
-        qkv = layer.qkv(h_TH)
+        qkv_TO = layer.qkv(h_TH)
         if adapters is not None:
-            adapters.add(index, QKV, h_TH, qkv)
-        heads = qkv.view(len(qkv), -1, config.head_dim)
-        num_rotated = config.num_heads + config.num_kv_heads
-        rotated_TND = rotate(heads[:, :num_rotated], *cos_sin)
-        kv.write(index, batch.kv_slot_T, rotated_TND[:, config.num_heads :], heads[:, num_rotated:])
-        mixed_TH = paged_attention(kv, index, batch, rotated_TND[:, : config.num_heads], mask)
+            adapters.add(index, QKV, h_TH, qkv_TO)
+        query_TND = self.ops.rotate_and_store(qkv_TO, cos_sin, kv, index, batch.kv_slot_T)
+        mixed_TH = self._attend(index, query_TND, batch, kv)
         out_TH = layer.o(mixed_TH)
         if adapters is not None:
-            adapters.add(index, O, mixed_TH, out_TH)
+            adapters.add(index, OUT, mixed_TH, out_TH)
         return out_TH
 
+    def _attend(self, index: int, query_TND: Tensor, batch: Batch, kv: KVStorage) -> Tensor:
+        parts = [
+            prompt_attention(kv, index, rows, query_TND[rows.start : rows.end])
+            for rows in batch.prompts
+        ]
+        if batch.decode is not None:
+            rows_TND = query_TND[: len(batch.decode.length_S)]
+            parts.insert(0, self.ops.decode_attention(rows_TND, kv, index, batch.decode))
+        mixed_TND = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return mixed_TND.flatten(1)
+
     def _mlp(
-        self, index: int, layer: LayerWeights, x_TH: Tensor, adapters: AdapterBinding | None
+        self, index: int, layer: LayerWeights, h_TH: Tensor, adapters: AdapterBinding | None
     ) -> Tensor:
-        h_TH = self._norm(x_TH, layer.post_attention_norm_H)
         gate_up = layer.gate_up(h_TH)
         if adapters is not None:
             adapters.add(index, GATE_UP, h_TH, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        act = F.silu(gate).mul_(up)
-        out_TH = layer.down(act)
+        activated = self.ops.silu_mul(gate_up)
+        out_TH = layer.down(activated)
         if adapters is not None:
-            adapters.add(index, DOWN, act, out_TH)
+            adapters.add(index, DOWN, activated, out_TH)
         return out_TH
-
-    def _norm(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
-        return F.rms_norm(x_TH, weight_H.shape, weight_H, self.config.rms_norm_eps)

@@ -1,9 +1,9 @@
-"""Rotary position embeddings: cos and sin per token, with transformers' own rope variants.
+"""Rotary position embeddings: cos and sin per token, by transformers' own rope variants.
 
 The inverse frequencies come from transformers (default, linear, llama3, yarn, dynamic), so this
 file knows no formula of theirs; it knows only when they depend on the sequence's length.
 
-Shape legend: T tokens of a step, D head dimension, N rotated heads (queries and keys together).
+Shape legend: T tokens of a step, D head dimension.
 """
 
 from __future__ import annotations
@@ -61,10 +61,3 @@ class Rotary:
             freq, _ = ROPE_INIT_FUNCTIONS["dynamic"](self._config.hf, self._device, seq_len=length)
             self._by_length[length] = freq.to(device=self._device, dtype=torch.float32)
         return self._by_length[length]
-
-
-def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate every head of every token; the second half of D pairs with the first (Llama's way)."""
-    half = x_TND.shape[-1] // 2
-    swapped = torch.cat((-x_TND[..., half:], x_TND[..., :half]), dim=-1)
-    return torch.addcmul(x_TND * cos_TD[:, None], swapped, sin_TD[:, None])

@@ -1,0 +1,85 @@
+"""Compiles cpu.c once per machine and loads it; without a C compiler there are no kernels.
+
+The library is linked without an OpenMP runtime of its own: its symbols resolve to the one that
+torch has loaded, so that both share one pool of threads. Knows nothing of what the kernels do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess  # the C compiler, with fixed arguments
+import tempfile
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_dir
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("cpu.c")
+_FLAGS = (
+    *("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC"),
+    "-Wno-unknown-pragmas",
+)
+_COMPILE_SECONDS = 120
+
+
+def load_library(cache_dir: Path | None = None) -> ctypes.CDLL | None:
+    """The kernels, compiled on first use into `cache_dir`; None where that is not possible.
+
+    `cache_dir` defaults to VBSERVE_CACHE_DIR or the user's cache. The reason for None is logged.
+    """
+    root = cache_dir or Path(os.environ.get("VBSERVE_CACHE_DIR") or user_cache_dir("vbserve"))
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        logger.info("no C compiler is installed: the CPU kernels are torch's own")
+        return None
+    try:
+        path = root / "kernels" / f"cpu-{_key(compiler)}.so"
+        if not path.is_file():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        logger.warning("the CPU kernels can't be built, torch's own are used: %s", output)
+        return None
+
+
+def _key(compiler: str) -> str:
+    """Changes with the source, the flags, the compiler, torch and the processor."""
+    version = subprocess.run(  # noqa: S603  a compiler found on PATH
+        [compiler, "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=_COMPILE_SECONDS,
+    ).stdout
+    parts = (_SOURCE.read_text(), *_FLAGS, version, torch.__version__, _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {flags}"
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Compile and link next to `path`, then rename, so that two processes may do it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        compiled, linked = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
+        for command in (
+            [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
+        ):
+            subprocess.run(  # noqa: S603  a compiler found on PATH
+                command, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS
+            )
+        linked.replace(path)

@@ -1,0 +1,223 @@
+/* Kernels of one engine step on the CPU in fp32. Called through cpu_ops.py, which says shapes.
+ *
+ * All matrices are row-major; a stride counts floats between rows. Every kernel takes the number
+ * of threads and uses one where the work is too small to share. Nothing is allocated but a score
+ * buffer per attention call. Compiled with -ffast-math -fno-finite-math-only: sums may be
+ * reordered, infinities and NaN stay what they are.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MIN_PARALLEL_FLOATS 65536
+
+/* Shared by all: does `floats` of work pay for waking the other threads? */
+static int threads_for(int64_t floats, int num_threads) {
+    return floats < MIN_PARALLEL_FLOATS ? 1 : num_threads;
+}
+
+/* exp(x) for x <= 0 with 2 units in the last place; vectorises, unlike the library's. */
+static inline float exp_of_nonpositive(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = nearbyintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { float f; int32_t i; } scale;
+    scale.i = ((int32_t)n + 127) << 23;
+    return p * scale.f;
+}
+
+static inline float dot(const float *restrict a, const float *restrict b, int64_t n) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* out[t] = x[t] / rms(x[t]) * weight, after x[t] += delta[t] where delta is given. */
+void rms_norm(float *x, const float *delta, const float *weight, float *out, int64_t rows,
+              int64_t width, float eps, int num_threads) {
+#pragma omp parallel for num_threads(threads_for(rows * width, num_threads))
+    for (int64_t t = 0; t < rows; t++) {
+        float *restrict xt = x + t * width;
+        float *restrict ot = out + t * width;
+        float squares = 0.0f;
+        if (delta) {
+            const float *restrict dt = delta + t * width;
+            for (int64_t i = 0; i < width; i++) xt[i] += dt[i];
+        }
+        for (int64_t i = 0; i < width; i++) squares += xt[i] * xt[i];
+        float scale = 1.0f / sqrtf(squares / (float)width + eps);
+        for (int64_t i = 0; i < width; i++) ot[i] = xt[i] * scale * weight[i];
+    }
+}
+
+/* out[t] = silu(x[t, :width]) * x[t, width:]. */
+void silu_mul(const float *x, float *out, int64_t rows, int64_t width, int num_threads) {
+#pragma omp parallel for num_threads(threads_for(rows * width, num_threads))
+    for (int64_t t = 0; t < rows; t++) {
+        const float *restrict gate = x + t * 2 * width, *restrict up = gate + width;
+        float *restrict ot = out + t * width;
+        for (int64_t i = 0; i < width; i++) {
+            float e = exp_of_nonpositive(-fabsf(gate[i])); /* one side of the sigmoid, no overflow */
+            float sigmoid = (gate[i] < 0.0f ? e : 1.0f) / (1.0f + e);
+            ot[i] = gate[i] * sigmoid * up[i];
+        }
+    }
+}
+
+/* Rotate the query and key heads of qkv[t] in place, then store keys and values at their slots. */
+void rotate_and_store(float *qkv, const float *cosines, const float *sines, const int64_t *slots,
+                      float *keys, float *values, int64_t rows, int64_t num_heads,
+                      int64_t num_kv_heads, int64_t dim, int num_threads) {
+    int64_t width = (num_heads + 2 * num_kv_heads) * dim, half = dim / 2;
+    int64_t kv_width = num_kv_heads * dim;
+#pragma omp parallel for num_threads(threads_for(rows * width, num_threads))
+    for (int64_t t = 0; t < rows; t++) {
+        const float *restrict c = cosines + t * dim, *restrict s = sines + t * dim;
+        float *row = qkv + t * width;
+        for (int64_t h = 0; h < num_heads + num_kv_heads; h++) {
+            float *restrict low = row + h * dim, *restrict high = low + half;
+            for (int64_t i = 0; i < half; i++) {
+                float a = low[i], b = high[i];
+                low[i] = a * c[i] - b * s[i];
+                high[i] = b * c[half + i] + a * s[half + i];
+            }
+        }
+        const float *key = row + num_heads * dim;
+        memcpy(keys + slots[t] * kv_width, key, kv_width * sizeof(float));
+        memcpy(values + slots[t] * kv_width, key + kv_width, kv_width * sizeof(float));
+    }
+}
+
+/* One query row per sequence over its pages: out = softmax(q k^T * scale) v, per key head. */
+static void attend(const float *restrict query, const float *keys, const float *values,
+                   const int64_t *restrict pages, int64_t length, int64_t page_size,
+                   int64_t group, int64_t dim, int64_t kv_width, float scale,
+                   float *restrict scores, float *restrict out) {
+    float largest[group];
+    for (int64_t g = 0; g < group; g++) largest[g] = -INFINITY;
+    for (int64_t l = 0; l < length; l++) {
+        const float *key = keys + (pages[l / page_size] * page_size + l % page_size) * kv_width;
+        for (int64_t g = 0; g < group; g++) {
+            float score = dot(query + g * dim, key, dim) * scale;
+            scores[g * length + l] = score;
+            largest[g] = score > largest[g] ? score : largest[g];
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        float *restrict row = scores + g * length, sum = 0.0f;
+        for (int64_t l = 0; l < length; l++) {
+            row[l] = exp_of_nonpositive(row[l] - largest[g]);
+            sum += row[l];
+        }
+        for (int64_t l = 0; l < length; l++) row[l] /= sum;
+    }
+    memset(out, 0, group * dim * sizeof(float));
+    for (int64_t l = 0; l < length; l++) {
+        const float *restrict value =
+            values + (pages[l / page_size] * page_size + l % page_size) * kv_width;
+        for (int64_t g = 0; g < group; g++) {
+            float weight = scores[g * length + l];
+            float *restrict row = out + g * dim;
+            for (int64_t d = 0; d < dim; d++) row[d] += weight * value[d];
+        }
+    }
+}
+
+/* query[s] starts at query + s * query_stride; pages is [rows, max_pages]. Returns 0, or 1 when
+ * there is no memory for the scores. */
+int decode_attention(const float *query, int64_t query_stride, const float *keys,
+                     const float *values, const int64_t *pages, const int64_t *lengths, float *out,
+                     int64_t rows, int64_t max_pages, int64_t page_size, int64_t num_heads,
+                     int64_t num_kv_heads, int64_t dim, int num_threads) {
+    int64_t group = num_heads / num_kv_heads, kv_width = num_kv_heads * dim, longest = 0, total = 0;
+    for (int64_t s = 0; s < rows; s++) {
+        longest = lengths[s] > longest ? lengths[s] : longest;
+        total += lengths[s];
+    }
+    int used = threads_for(total * num_heads * dim, num_threads), failed = 0;
+    float scale = 1.0f / sqrtf((float)dim);
+#pragma omp parallel num_threads(used) reduction(| : failed)
+    {
+        float *scores = malloc((size_t)(group * longest) * sizeof(float));
+        failed = scores == NULL;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < rows * num_kv_heads; item++) {
+            int64_t s = item / num_kv_heads, head = item % num_kv_heads;
+            if (scores)
+                attend(query + s * query_stride + head * group * dim, keys + head * dim,
+                       values + head * dim, pages + s * max_pages, lengths[s], page_size, group,
+                       dim, kv_width, scale, scores, out + (s * num_heads + head * group) * dim);
+        }
+        free(scores);
+    }
+    return failed;
+}
+
+/* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. */
+typedef struct {
+    const float *a, *b;
+    int64_t rank;
+    double scale;
+} pair_t;
+
+/* Rows start..end-1 belong to the adapter whose pairs begin at `pairs`. */
+typedef struct {
+    int64_t start, end;
+    const pair_t *pairs;
+} rows_t;
+
+#define BLOCK 4 /* rows that share one pass over the factors */
+
+static void add_block(const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t rows,
+                      const pair_t *pair, int64_t in, int64_t out) {
+    for (int64_t r = 0; r < pair->rank; r++) {
+        const float *restrict a = pair->a + r * in, *restrict b = pair->b + r * out;
+        float weight[BLOCK];
+        for (int64_t t = 0; t < rows; t++)
+            weight[t] = dot(a, x + t * x_stride, in) * (float)pair->scale;
+        for (int64_t t = 0; t < rows; t++) {
+            float *restrict row = y + t * y_stride;
+            float w = weight[t];
+            for (int64_t o = 0; o < out; o++) row[o] += w * b[o];
+        }
+    }
+}
+
+/* y[t, offset of j :] += scale * (x[t] a_j^T) b_j for each projection j of the rows' adapter.
+ * `first` is the index of the first projection's pair in each adapter's table. */
+void add_low_rank(const float *x, int64_t x_stride, float *y, int64_t y_stride,
+                  const rows_t *segments, int64_t num_segments, int64_t first,
+                  int64_t num_projections, const int64_t *outs, int64_t in, int num_threads) {
+    int64_t num_blocks = 0, floats = 0;
+    for (int64_t s = 0; s < num_segments; s++) {
+        int64_t rows = segments[s].end - segments[s].start;
+        num_blocks += (rows + BLOCK - 1) / BLOCK;
+        for (int64_t j = 0; j < num_projections; j++)
+            floats += rows * segments[s].pairs[first + j].rank * (in + outs[j]);
+    }
+#pragma omp parallel for schedule(static) num_threads(threads_for(floats, num_threads))
+    for (int64_t block = 0; block < num_blocks; block++) {
+        int64_t s = 0, left = block;
+        for (;; s++) {
+            int64_t blocks = (segments[s].end - segments[s].start + BLOCK - 1) / BLOCK;
+            if (left < blocks) break;
+            left -= blocks;
+        }
+        int64_t start = segments[s].start + left * BLOCK;
+        int64_t rows = segments[s].end - start < BLOCK ? segments[s].end - start : BLOCK;
+        int64_t offset = 0;
+        for (int64_t j = 0; j < num_projections; j++) {
+            add_block(x + start * x_stride, x_stride, y + start * y_stride + offset, y_stride,
+                      rows, &segments[s].pairs[first + j], in, outs[j]);
+            offset += outs[j];
+        }
+    }
+}
