@@ -30,7 +30,6 @@ from pydantic_settings import (
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
 ENV_PREFIX = "VBSERVE_"
@@ -208,13 +207,13 @@ def _read_yaml(file: Path | None) -> dict[str, Any]:
     if not file.is_file():
         raise SettingsError(f"settings file {file} does not exist")
     try:
-        values: Any = YamlConfigSettingsSource(Settings, yaml_file=file).yaml_data
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        raise SettingsError(f"{file} is not a YAML mapping of settings: {error}") from None
-    if not all(isinstance(key, str) for key in values):
-        raise SettingsError(f"{file}: every key must be a name")
+        values: Any = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file} is not YAML: {error}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise SettingsError(f"{file} is not a YAML mapping from settings to values")
     _refuse_unknown(values, set(Settings.model_fields), f"{file}: setting")
-    return dict(values)
+    return values
 
 
 def _refuse_unknown(names: Iterable[str], known: set[str], what: str) -> None:

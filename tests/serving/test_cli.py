@@ -1,0 +1,192 @@
+"""The command line: help that answers at once, inspect, adapters offline and over HTTP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from peft import LoraConfig
+from tiny_model import _save, save_dora
+
+from adapters.store import AdapterStore
+from core.model_config import BaseInfo
+from serving.cli import COMMANDS, main
+from serving.cli_serve import GROUPS
+from serving.settings import Settings
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `vbserve` with arguments in this process, in a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def invoke(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from serving.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'ray', 'transformers', 'pydantic', 'fastapi'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    for name, command in COMMANDS.items():
+        assert f"{name} " in done.stdout
+        assert command.summary in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(run: Run, name: str) -> None:
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert "Usage: main" in result.output
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").output == f"vbserve {version('vbserve')}\n"
+
+
+def test_an_unknown_command_is_refused(run: Run) -> None:
+    result = run("server")
+    assert result.exit_code == 2
+    assert "No such command 'server'" in result.output
+
+
+def test_serve_has_one_option_per_setting(run: Run) -> None:
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(Settings.model_fields)
+    text = run("serve", "--help").output
+    for name in names:
+        assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "http"], "port: "),
+        (["--host", "0.0.0.0"], "allow_public"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml does not exist"),
+    ],
+)
+def test_serve_refuses_bad_settings_before_anything_starts(
+    run: Run, options: list[str], message: str
+) -> None:
+    result = run("serve", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_inspect_compares_with_lora(run: Run, tiny_model: Path, peft_adapters: Path) -> None:
+    result = run("inspect", peft_adapters / "one", "--model", tiny_model)
+    assert result.exit_code == 0, result.output
+    rows = _rows(result.output)
+    assert rows["kind"] == "vblora"
+    assert rows["rank"] == "4"
+    assert rows["k"] == "2"
+    assert rows["bank"].startswith("32 vectors of 16")
+    assert rows["modules"] == "4 in 2 layers: q_proj, v_proj"
+    # q: 64 -> 64, v: 64 -> 32, two layers, two bytes: 2 * 2 * rank * (128 + 96)
+    assert rows["LoRA of rank 4, bfloat16"].startswith("3.5KiB")
+    assert rows["LoRA of rank 64, bfloat16"].startswith("56.0KiB")
+    # in float32, at the adapter's own rank
+    assert rows["factors in float32"] == "7.0KiB"
+
+
+def test_inspect_of_lora_has_no_bank(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    _save(tiny_model, tmp_path / "lora", config, 0)
+    rows = _rows(run("inspect", tmp_path / "lora", "--model", tiny_model).output)
+    assert rows["kind"] == "lora"
+    assert "bank" not in rows
+
+
+def test_inspect_tells_why_an_adapter_is_refused(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    save_dora(tiny_model, tmp_path / "dora")
+    result = run("inspect", tmp_path / "dora", "--model", tiny_model)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert "dora" in result.output.lower()
+
+
+def test_adapters_offline(
+    run: Run, tiny_base: BaseInfo, tiny_model: Path, peft_adapters: Path, tmp_path: Path
+) -> None:
+    where = ["--store", tmp_path / "store", "--model", tiny_model]
+    assert run("adapters", "list", *where).output == "no adapters\n"
+    added = run("adapters", "add", "team/a", peft_adapters / "one", *where)
+    assert added.exit_code == 0, added.output
+    assert added.output.startswith("team/a is registered\n")
+    assert "unchanged" in run("adapters", "add", "team/a", peft_adapters / "one", *where).output
+
+    store = AdapterStore.open(tmp_path / "store", tiny_base)
+    digest = store.resolve("team/a").digest
+    assert digest in run("adapters", "show", "team/a", *where).output
+    assert digest[:32] in run("adapters", "list", *where).output
+
+    refused = run("adapters", "add", "team/a", peft_adapters / "two", *where)
+    assert refused.exit_code == 1
+    assert "other content" in refused.output
+    assert (
+        run("adapters", "add", "team/a", peft_adapters / "two", "--replace", *where).exit_code == 0
+    )
+    assert store.resolve("team/a").digest != digest
+
+    assert run("adapters", "remove", "team/a", *where).output == "team/a is removed\n"
+    assert run("adapters", "show", "team/a", *where).exit_code == 1
+    assert store.records() == []
+
+
+def test_adapters_over_http(run: Run, start_server: Callable[[], str], peft_adapters: Path) -> None:
+    where = ["--url", start_server()]
+    added = run("adapters", "add", "b", peft_adapters / "two", *where)
+    assert added.exit_code == 0, added.output
+    assert added.output.startswith("b is registered\n")
+    assert "unchanged" in run("adapters", "add", "b", peft_adapters / "two", *where).output
+    refused = run("adapters", "add", "b", peft_adapters / "one", *where)
+    assert refused.exit_code == 1
+    assert "(HTTP 409)" in refused.output
+    assert run("adapters", "add", "b", peft_adapters / "one", "--replace", *where).exit_code == 0
+    listed = run("adapters", "list", *where).output
+    assert "team/one" in listed
+    assert " b " in listed
+    assert "vblora" in run("adapters", "show", "team/one", *where).output
+    assert run("adapters", "remove", "b", *where).exit_code == 0
+    gone = run("adapters", "show", "b", *where)
+    assert gone.exit_code == 1
+    assert "(HTTP 404)" in gone.output
+
+
+def test_no_server_is_told_in_one_line(run: Run) -> None:
+    result = run("adapters", "list", "--url", "http://127.0.0.1:9")
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: no answer from http://127.0.0.1:9")
+
+
+def test_a_broken_model_is_told_in_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    result = run("inspect", tmp_path, "--model", tmp_path)
+    assert result.exit_code == 1
+    assert "'gpt2'" in result.output
+
+
+def _rows(table: str) -> dict[str, str]:
+    """First and second column of a rich table."""
+    cells = [line.strip("│ ").split("│") for line in table.splitlines() if "│" in line]
+    return {name.strip(): value.strip() for name, value in cells}
