@@ -50,3 +50,9 @@ def adapters(tiny_config: ModelConfig) -> dict[str, AdapterFactors]:
                        projections=("q_proj", "k_proj", "down_proj"), std=0.3),
     )  # fmt: skip
     return {factors.digest: factors for factors in made}
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether the compiled kernels are used, or torch's operations."""
+    return bool(request.param)

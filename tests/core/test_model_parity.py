@@ -21,7 +21,6 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from core.adapter_slots import AdapterSlots
 from core.attention import KVStorage
 from core.batch import AdapterRows, build_batch
 from core.engine import load_engine
@@ -32,7 +31,6 @@ from core.model_config import read_model_config
 from core.requests import GenerationRequest, SamplingParams
 from core.sequence import Chunk
 from core.sequence import Sequence as EngineSequence
-from core.weights import load_weights
 
 PAGE_SIZE = 4
 
@@ -67,9 +65,11 @@ ROPE = {
 }
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaModel:
-    config = read_model_config(path)
-    return LlamaModel(config, load_weights(path, config, torch.device("cpu"), dtype))
+def load_model(path: Path, dtype: str = "float32", *, compiled: bool = True) -> LlamaModel:
+    config = EngineConfig(
+        device="cpu", dtype=dtype, kv_cache_bytes=1 << 16, compiled_kernels=compiled
+    )
+    return load_engine(path, config).model
 
 
 def model_logits(
@@ -86,12 +86,11 @@ def model_logits(
         GenerationRequest("x", tuple(token_ids), SamplingParams(prompt_logprobs=0)), 0.0
     )
     seq.pages = torch.randperm(2 * num_pages)[:num_pages].tolist()
-    slots = AdapterSlots(model.config, cpu, model.dtype)
     parts, start = [], 0
     for size in chunk_sizes or [len(token_ids)]:
         chunk = Chunk(seq, start, size)
         batch = build_batch([chunk], PAGE_SIZE, cpu, with_lengths=model.rotary.depends_on_length)
-        binding = None if factors is None else slots.bind([AdapterRows(Held(factors), 0, size)])
+        binding = None if factors is None else model.ops.bind([AdapterRows(Held(factors), 0, size)])
         parts.append(model.forward(batch, kv, binding))
         start += size
     assert start == len(token_ids)
@@ -107,17 +106,18 @@ class Held:
     def release(self) -> None: ...
 
 
-def check_parity(path: Path, length: int = 50, relative: float = 1e-4) -> None:
-    tokens = random_prompt(3, length)
-    own = model_logits(load_model(path), tokens)
-    assert_close_logits(own, reference_logits(load_reference(path), tokens), relative)
+def check_parity(path: Path, *, compiled: bool = True) -> None:
+    """Three chunks: a prompt's, a single token's (decode attention), and more of the prompt."""
+    tokens = random_prompt(3, 50)
+    own = model_logits(load_model(path, compiled=compiled), tokens, [30, 1, 19])
+    assert_close_logits(own, reference_logits(load_reference(path), tokens), 1e-4)
 
 
 @pytest.mark.parametrize("kind", ROPE)
-def test_rope_variants_equal_transformers(kind: str, tmp_path: Path) -> None:
+def test_rope_variants_equal_transformers(kind: str, compiled: bool, tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m", rope_parameters=ROPE[kind], max_position_embeddings=128)
     tokens = random_prompt(5, 100)
-    own = model_logits(load_model(path), tokens)
+    own = model_logits(load_model(path, compiled=compiled), tokens, [50, 1, 49])
     assert_close_logits(own, reference_logits(load_reference(path), tokens), 1e-4)
 
 
@@ -152,7 +152,7 @@ def test_dynamic_rope_beyond_the_original_length(prompt_length: int, tmp_path: P
 @pytest.mark.parametrize("shape", [(4, 4), (4, 2), (4, 1), (8, 2)], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_grouped_query_heads_tied_and_untied(
-    shape: tuple[int, int], tied: bool, tmp_path: Path
+    shape: tuple[int, int], tied: bool, compiled: bool, tmp_path: Path
 ) -> None:
     num_heads, num_kv_heads = shape
     check_parity(
@@ -161,13 +161,16 @@ def test_grouped_query_heads_tied_and_untied(
             num_attention_heads=num_heads,
             num_key_value_heads=num_kv_heads,
             tie_word_embeddings=tied,
-        )
+        ),
+        compiled=compiled,
     )
 
 
-@pytest.mark.parametrize("head_dim", [8, 24, 32])
-def test_head_dim_that_is_not_hidden_over_heads(head_dim: int, tmp_path: Path) -> None:
-    check_parity(write_tiny_llama(tmp_path / "m", head_dim=head_dim))
+@pytest.mark.parametrize("head_dim", [2, 8, 24, 30, 32])
+def test_head_dim_that_is_not_hidden_over_heads(
+    head_dim: int, compiled: bool, tmp_path: Path
+) -> None:
+    check_parity(write_tiny_llama(tmp_path / "m", head_dim=head_dim), compiled=compiled)
 
 
 def test_other_norm_epsilon_and_sizes(tmp_path: Path) -> None:
@@ -202,7 +205,7 @@ def test_bf16_model_is_as_near_as_transformers_in_bf16(tmp_path: Path) -> None:
     tokens = random_prompt(3, 60)
     exact = reference_logits(load_reference(path), tokens)
     theirs = reference_logits(load_reference(path, torch.bfloat16), tokens).float()
-    own = model_logits(load_model(path, torch.bfloat16), tokens, [20, 1, 1, 38])
+    own = model_logits(load_model(path, "bfloat16"), tokens, [20, 1, 1, 38])
     assert own.dtype == torch.bfloat16
     assert (own.float() - exact).norm() <= 2 * (theirs - exact).norm()
     assert_close_logits(own, exact, 0.05)
@@ -211,19 +214,23 @@ def test_bf16_model_is_as_near_as_transformers_in_bf16(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "sizes", [[50], [1] * 50, [4] * 12 + [2], [17, 1, 1, 30, 1], [1, 49]], ids=len
 )
-def test_chunks_make_no_difference(sizes: list[int], tiny_path: Path, reference) -> None:
+def test_chunks_make_no_difference(
+    sizes: list[int], compiled: bool, tiny_path: Path, reference
+) -> None:
     tokens = random_prompt(11, 50)
-    own = model_logits(load_model(tiny_path), tokens, sizes)
+    own = model_logits(load_model(tiny_path, compiled=compiled), tokens, sizes)
     assert_close_logits(own, reference_logits(reference, tokens), 1e-4)
 
 
 @pytest.mark.parametrize("digest", ["all-4", "one-1", "mlp-2", "wide-16", "last-8", "mixed"])
-def test_logits_with_an_adapter(digest: str, tiny_path: Path, reference, adapters) -> None:
+def test_logits_with_an_adapter(
+    digest: str, compiled: bool, tiny_path: Path, reference, adapters
+) -> None:
     tokens, factors = random_prompt(13, 40), adapters[digest]
     base = reference_logits(reference, tokens)
     expected = reference_logits(reference, tokens, factors)
     assert (expected - base).abs().max() > 0.05 * base.abs().max(), "the adapter changes nothing"
-    own = model_logits(load_model(tiny_path), tokens, [30, 1, 9], factors)
+    own = model_logits(load_model(tiny_path, compiled=compiled), tokens, [30, 1, 9], factors)
     assert_close_logits(own, expected, 1e-4)
 
 
@@ -232,7 +239,7 @@ def test_bf16_model_with_an_adapter(tmp_path: Path) -> None:
     factors = random_factors(read_model_config(path), "x", rank=4, scale=1.5, dtype=torch.bfloat16)
     tokens = random_prompt(3, 60)
     expected = reference_logits(load_reference(path), tokens, factors)
-    own = model_logits(load_model(path, torch.bfloat16), tokens, None, factors)
+    own = model_logits(load_model(path, "bfloat16"), tokens, None, factors)
     assert_close_logits(own, expected, 0.05)
 
 
