@@ -99,6 +99,8 @@ class StopStrings:
         """The text that may be handed out now; nothing more once a stop was found."""
         if self.found is not None:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         end, start, stop = min(self._matches(text), default=(-1, -1, None))
         if stop is None:

@@ -190,7 +190,7 @@ def expected(text: str, stops: list[str], include: bool) -> tuple[str, str | Non
     return text, None
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     text=st.text("ab\n", max_size=30),
     stops=st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,15 +12,13 @@ import httpx
 import pytest
 import uvicorn
 from fake_engine import FakeEngine
+from http_client import BASE, REPLY, client_of
 from tiny_model import MAX_MODEL_LEN, load_tokenizer, save_tiny_model, save_vblora
 
 from adapters.store import AdapterStore
 from core.model_config import BaseInfo, read_base_info
 from serving.app import build_app
-from serving.services import Access, Services
-
-BASE = "tiny"
-REPLY = " fox jumps over the lazy dog"
+from serving.services import Services
 
 
 @pytest.fixture(scope="session")
@@ -83,14 +80,6 @@ def services(
 async def client(services: Services) -> AsyncIterator[httpx.AsyncClient]:
     async with client_of(services) as client:
         yield client
-
-
-def client_of(services: Services, **access: Any) -> httpx.AsyncClient:
-    """A client of the application without a socket; `access` overrides fields of Access."""
-    if access:
-        services = dataclasses.replace(services, access=Access(**access))
-    transport = httpx.ASGITransport(build_app(services), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
 @pytest.fixture

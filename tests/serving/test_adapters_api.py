@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import BASE, client_of
+from http_client import BASE, client_of
 from tiny_model import save_dora
 
 from adapters.errors import UnknownAdapterError

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import BASE, client_of
+from http_client import BASE, client_of
 
 from core.errors import (
     AdapterUnavailableError,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import BASE, client_of
+from http_client import BASE, client_of
 
 INFER = ("POST", "/v1/completions")
 MODELS, ADAPTERS = ("GET", "/v1/models"), ("GET", "/v1/adapters")

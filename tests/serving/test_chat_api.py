@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import BASE, REPLY
+from http_client import BASE, REPLY
 from tiny_model import MAX_MODEL_LEN
 
 HELLO = [{"role": "user", "content": "Hello"}]

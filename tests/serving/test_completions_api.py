@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import BASE, REPLY
 from fake_engine import FakeEngine
+from http_client import BASE, REPLY
 
 from core.requests import SamplingParams
 

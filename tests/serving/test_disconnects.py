@@ -10,9 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import BASE
 from fake_engine import FakeEngine
-from tiny_model import MAX_MODEL_LEN
+from http_client import BASE
 
 from serving.services import Services
 

@@ -6,7 +6,7 @@ import asyncio
 
 import openai
 import pytest
-from conftest import BASE, REPLY
+from http_client import BASE, REPLY
 from openai import AsyncOpenAI, OpenAI
 
 from core.errors import EngineOverloadedError
