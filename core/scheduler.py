@@ -139,17 +139,22 @@ class Scheduler:
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         refused: set[Digest] = set()  # their factors are not there yet
         while budget > 0 and len(self.running) < self._config.max_num_seqs:
-            seq = next((head for head in self.waiting.heads() if head.digest not in refused), None)
-            if seq is None:
-                return
-            if not self._bind_factors(seq):
-                refused.add(seq.digest)
-                continue
-            if not self._start(seq):
+            seq = self._next_bound(refused)
+            if seq is None or not self._start(seq):
                 return
             num_tokens = min(seq.num_uncomputed, budget)
             chunks.append(Chunk(seq, seq.num_computed, num_tokens))
             budget -= num_tokens
+
+    def _next_bound(self, refused: set[Digest]) -> Sequence | None:
+        """The first in the order of fairness whose factors are there; fills `refused`."""
+        for head in self.waiting.heads():
+            if head.digest in refused:
+                continue
+            if self._bind_factors(head):
+                return head
+            refused.add(head.digest)
+        return None
 
     def _bind_factors(self, seq: Sequence) -> bool:
         """Lease the adapter's factors; False while they are loading, or when they failed."""
@@ -159,8 +164,10 @@ class Scheduler:
         try:
             seq.lease = self._factor_source.try_acquire(seq.digest)
         except AdapterUnavailableError as error:
-            self.finish(seq)
-            self.failed.append((seq, str(error)))
+            for each in self.waiting.of(seq.digest):  # all have waited for this load
+                if each.lease is None:
+                    self.finish(each)
+                    self.failed.append((each, str(error)))
         return seq.lease is not None
 
     def _start(self, seq: Sequence) -> bool:

@@ -65,6 +65,10 @@ class WaitingQueue:
 
         return sorted((queue[0] for queue in self._queues.values()), key=order)
 
+    def of(self, digest: Digest) -> list[Sequence]:
+        """All that wait under `digest`, in order."""
+        return list(self._queues.get(digest, ()))
+
     def remove(self, seq: Sequence) -> None:
         """Take `seq` out, wherever it stands."""
         queue = self._queues[seq.digest]
