@@ -183,9 +183,7 @@ def test_lora_config_that_is_wrong(name: str, lora: Path, base: BaseInfo) -> Non
 def test_a_module_that_is_claimed_but_missing(vblora: Path, base: BaseInfo) -> None:
     tensors = read_tensors(vblora)
     write_tensors(vblora, {name: t for name, t in tensors.items() if not name.startswith(Q0)})
-    with pytest.raises(
-        MalformedAdapterError, match=r"q_proj.*is missing, though the config claims"
-    ):
+    with pytest.raises(MalformedAdapterError, match=r"q_proj.*is missing, though the config"):
         read_peft_adapter(vblora, base)
 
 
