@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,6 +12,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -66,6 +69,7 @@ def main(**options: Any) -> None:
 
     Fails when something cannot run or an answer of ours is not exact, never on a time.
     """
+    signal.signal(signal.SIGTERM, _leave)
     try:
         bench(**options)
     except LoadtestError as error:
@@ -270,6 +274,11 @@ def _refuse_inexact(report: Report) -> None:
     ]
     if bad:
         raise BenchError("answers differ from PEFT's: " + "; ".join(bad))
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End as an exception does, so that no server or peer is left behind."""
+    sys.exit(128 + number)
 
 
 def _say(message: str) -> None:

@@ -24,6 +24,7 @@ LARGEST_DIFFERENCE = 1e-3
 
 def main() -> None:
     """Write all adapters and check the first ones."""
+    torch.set_num_threads(1)  # many small tensors: more threads only wait for each other
     options = parse_options()
     model = get_peft_model(load(options.base), vblora_config(options)).eval()
     layers = {
