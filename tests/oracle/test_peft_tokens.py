@@ -100,8 +100,8 @@ def tiny(
     """Every configuration of the parity tests on a tiny random Llama, with PEFT's own tokens."""
     root = tmp_path_factory.mktemp("oracle")
     llama = TinyLlama(root / "base")
-    # PEFT writes a tokenizer-less base; LLM wants one, and ids are all that is used here.
-    _byte_tokenizer(llama.path)
+    # LLM wants a tokenizer; ids are all that is used here.
+    write_word_tokenizer(llama.path, 128)
     for number, (name, settings) in enumerate(VBLORA_CASES.items()):
         save_vblora(llama, root / f"vblora-{name}", seed=number, **settings)
     for number, (name, settings) in enumerate(LORA_CASES.items()):
@@ -111,11 +111,11 @@ def tiny(
     yield llama.path, directories, references(llama.path, directories, prompts)
 
 
-def _byte_tokenizer(path: Path) -> None:
+def write_word_tokenizer(path: Path, vocab_size: int) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {f"t{number}": number for number in range(128)}
+    vocabulary = {f"t{number}": number for number in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
 
