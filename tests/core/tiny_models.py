@@ -192,6 +192,12 @@ class MemoryFactorSource:
 # -- the oracle --------------------------------------------------------------------------------
 
 
+def _forget_lengths(model: LlamaForCausalLM) -> None:
+    """Dynamic rope keeps the longest length it has met until it meets a short one."""
+    if model.config.rope_parameters["rope_type"] == "dynamic":
+        model(torch.tensor([[1]]))
+
+
 @contextmanager
 def merged(model: LlamaForCausalLM, factors: AdapterFactors | None) -> Iterator[LlamaForCausalLM]:
     """`model` with W + scale * B @ A in place of W, for as long as the context lasts."""
@@ -215,6 +221,7 @@ def reference_logits(
 ) -> Tensor:
     """Logits [tokens, vocabulary] of one forward over the whole sequence."""
     with merged(model, factors), torch.inference_mode():
+        _forget_lengths(model)
         return model(torch.tensor([list(token_ids)])).logits[0]
 
 
@@ -238,6 +245,7 @@ def reference_greedy(
     cache = DynamicCache(config=model.config)
     step = torch.tensor([list(prompt)])
     with merged(model, factors), torch.inference_mode():
+        _forget_lengths(model)
         for _ in range(num_tokens):
             logits = model(step, past_key_values=cache, use_cache=True).logits[0, -1]
             best = logits.topk(2)

@@ -1,0 +1,374 @@
+"""Chunked prefill, preemption, prefix reuse, limits and fairness: none of them changes a token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import (
+    MemoryFactorSource,
+    Result,
+    assert_same_greedy,
+    collect,
+    greedy,
+    load_reference,
+    random_factors,
+    random_prompt,
+    reference_greedy,
+    request,
+    run_all,
+    small_engine,
+    write_tiny_llama,
+)
+
+from core.engine import Engine
+from core.errors import EngineOverloadedError
+from core.requests import FinishReason, SamplingParams
+
+
+@pytest.fixture
+def source(adapters) -> MemoryFactorSource:
+    return MemoryFactorSource.of(*adapters.values())
+
+
+# -- chunked prefill ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 7, 40])
+def test_no_step_exceeds_its_token_budget(budget: int, tiny_path: Path, reference) -> None:
+    engine = small_engine(tiny_path, max_num_seqs=1, max_num_batched_tokens=budget)
+    prompt = random_prompt(1, 20)
+    result = run_all(engine, [request("a", prompt, greedy(6))])["a"]
+    assert_same_greedy(result.token_ids, reference_greedy(reference, prompt, 6))
+    assert engine.num_steps == -(-20 // budget) + 5
+
+
+def test_decodes_go_on_while_a_long_prompt_is_computed(tiny_path: Path) -> None:
+    """Each step brings every running sequence its token; the prompt gets what is left."""
+    engine = small_engine(tiny_path, max_num_seqs=4, max_num_batched_tokens=8, num_pages=100)
+    for n in range(3):
+        engine.add(request(f"short{n}", random_prompt(n, 2), greedy(30)))
+    engine.step()
+    engine.add(request("long", random_prompt(9, 100), greedy(2)))
+    for _ in range(19):
+        names = {output.request_id for output in engine.step()}
+        assert names == {"short0", "short1", "short2"}
+    assert {output.request_id for output in engine.step()} >= {"long"}  # 100 tokens, 5 a step
+
+
+# -- preemption --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("num_pages", [10, 16])
+def test_preemption_loses_and_changes_no_token(
+    num_pages: int, prefix_caching: bool, compiled: bool, tiny_path: Path, source, reference,
+    adapters,
+) -> None:  # fmt: skip
+    engine = small_engine(
+        tiny_path,
+        source,
+        num_pages=num_pages,
+        enable_prefix_caching=prefix_caching,
+        compiled_kernels=compiled,
+        max_num_batched_tokens=24,
+    )
+    digests = [None, "all-4", "one-1", None, "wide-16", "all-4"]
+    wanted = [(random_prompt(n, 4 + 2 * n), digest) for n, digest in enumerate(digests)]
+    results = run_all(
+        engine, [request(str(n), prompt, greedy(18), d) for n, (prompt, d) in enumerate(wanted)]
+    )
+    for n, (prompt, digest) in enumerate(wanted):
+        factors = None if digest is None else adapters[digest]
+        assert_same_greedy(
+            results[str(n)].token_ids, reference_greedy(reference, prompt, 18, factors)
+        )
+    assert engine.stats().num_preemptions > 0
+    assert source.num_open_leases == 0
+
+
+def test_the_youngest_is_preempted_and_the_oldest_ends_first(tiny_path: Path) -> None:
+    engine = small_engine(tiny_path, num_pages=10, max_num_batched_tokens=24)
+    order = []
+    for n in range(4):
+        engine.add(request(str(n), random_prompt(n, 6), greedy(20)))
+    while engine.has_work:
+        order += [out.request_id for out in engine.step() if out.finish_reason is not None]
+    assert order == ["0", "1", "2", "3"]
+    assert engine.stats().num_preemptions > 0
+
+
+def test_seeded_sampling_survives_preemption(tiny_path: Path) -> None:
+    def tokens(num_pages: int) -> dict[str, tuple[int, ...]]:
+        engine = small_engine(tiny_path, num_pages=num_pages)
+        results = run_all(
+            engine,
+            [
+                request(
+                    str(n),
+                    random_prompt(n, 6),
+                    SamplingParams(
+                        seed=n, max_tokens=20, ignore_eos=True, presence_penalty=0.5, top_p=0.9
+                    ),
+                )
+                for n in range(4)
+            ],
+        )
+        assert (engine.stats().num_preemptions > 0) == (num_pages == 10)
+        return {name: result.token_ids for name, result in results.items()}
+
+    assert tokens(10) == tokens(100)
+
+
+def test_a_preempted_sequence_keeps_its_lease(tiny_path: Path, source) -> None:
+    """Pinned from admission to the last token, even while it waits again."""
+    engine = small_engine(tiny_path, source, num_pages=8, max_num_batched_tokens=24)
+    engine.add(request("old", random_prompt(1, 6), greedy(20)))
+    engine.add(request("young", random_prompt(2, 6), greedy(20), "all-4"))
+    while engine.stats().num_preemptions == 0:
+        engine.step()
+    assert engine.stats().num_waiting == 1
+    assert source.num_leases["all-4"] == 1
+    del source.known["all-4"]
+    assert run_all(engine)["young"].finish_reason is FinishReason.LENGTH
+    assert source.num_open_leases == 0
+
+
+# -- prefix reuse ------------------------------------------------------------------------------
+
+
+def one_by_one(engine: Engine, *requests: Any) -> dict[str, Result]:
+    results = {}
+    for each in requests:
+        results |= run_all(engine, [each])
+    return results
+
+
+def hits(result: Result) -> int:
+    return result.outputs[-1].num_cached_tokens
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(16, 12), (17, 16), (18, 16), (19, 16), (3, 0), (4, 0), (5, 4)]
+)
+def test_full_pages_are_reused_but_for_the_last_token(
+    length: int, expected: int, tiny_path: Path, reference
+) -> None:
+    """With pages of 4: a part of a page is not shared, and one token is always computed."""
+    engine = small_engine(tiny_path)
+    prompt = random_prompt(1, length)
+    results = one_by_one(engine, request("a", prompt), request("b", prompt))
+    assert (hits(results["a"]), hits(results["b"])) == (0, expected)
+    assert engine.stats().num_prefix_hit_tokens == expected
+    for result in results.values():
+        assert_same_greedy(result.token_ids, reference_greedy(reference, prompt, 8))
+
+
+def test_generated_tokens_are_reused_as_a_prompt(tiny_path: Path, reference) -> None:
+    """The next turn of a chat begins with the last turn's prompt and answer."""
+    engine = small_engine(tiny_path)
+    prompt = random_prompt(2, 9)
+    answer = run_all(engine, [request("a", prompt, greedy(12))])["a"].token_ids
+    turn = (*prompt, *answer, *random_prompt(3, 5))
+    result = run_all(engine, [request("b", turn)])["b"]
+    assert hits(result) == 20  # of 21; the last generated token was never computed
+    assert_same_greedy(result.token_ids, reference_greedy(reference, turn, 8))
+
+
+def test_a_common_beginning_is_shared_while_the_first_still_runs(
+    tiny_path: Path, reference
+) -> None:
+    engine = small_engine(tiny_path)
+    common = random_prompt(4, 12)
+    engine.add(request("a", (*common, 5, 6), greedy(20)))
+    engine.step()
+    used = engine.stats().kv_bytes_used
+    engine.add(request("b", (*common, 7, 8), greedy(20)))
+    results: dict[str, Result] = {}
+    collect(results, engine.step())
+    assert engine.stats().kv_bytes_used < 2 * used
+    while engine.has_work:
+        collect(results, engine.step())
+    assert hits(results["b"]) == 12
+    expected = reference_greedy(reference, (*common, 7, 8), 20)
+    assert_same_greedy(results["b"].token_ids, expected)
+
+
+def test_digests_never_share(tiny_path: Path, source, reference, adapters) -> None:
+    """The base, two adapters, and an adapter whose digest reads "base"."""
+    source.known["base"] = adapters["mlp-2"]
+    engine = small_engine(tiny_path, source)
+    prompt = random_prompt(5, 18)
+    digests = [None, "all-4", "one-1", "base"]
+    first = one_by_one(engine, *[request(f"a{d}", prompt, None, d) for d in digests])
+    assert engine.stats().num_prefix_hit_tokens == 0
+    second = one_by_one(engine, *[request(f"b{d}", prompt, None, d) for d in digests])
+    assert engine.stats().num_prefix_hit_tokens == 4 * 16
+    for digest in digests:
+        factors = None if digest is None else source.known[digest]
+        expected = reference_greedy(reference, prompt, 8, factors)
+        assert_same_greedy(first[f"a{digest}"].token_ids, expected)
+        assert_same_greedy(second[f"b{digest}"].token_ids, expected)
+
+
+def test_a_later_page_is_no_hit_without_the_pages_before_it(tiny_path: Path, reference) -> None:
+    engine = small_engine(tiny_path)
+    body = random_prompt(6, 12)
+    run_all(engine, [request("a", body)])
+    shifted = (9, 9, 9, 9, *body)
+    result = run_all(engine, [request("b", shifted)])["b"]
+    assert hits(result) == 0
+    assert_same_greedy(result.token_ids, reference_greedy(reference, shifted, 8))
+
+
+def test_results_do_not_depend_on_prefix_caching(tiny_path: Path, source, adapters) -> None:
+    common = random_prompt(7, 21)
+    asked = [
+        request(f"{digest}-{cut}", (*common[:cut], 40 + cut), greedy(6), digest)
+        for digest in (None, "all-4")
+        for cut in (0, 3, 4, 5, 8, 15, 16, 21)
+    ]
+    with_cache = small_engine(tiny_path, source)
+    without = small_engine(tiny_path, source, enable_prefix_caching=False)
+    own, plain = one_by_one(with_cache, *asked), one_by_one(without, *asked)
+    assert {n: r.token_ids for n, r in own.items()} == {n: r.token_ids for n, r in plain.items()}
+    assert with_cache.stats().num_prefix_hit_tokens > 0
+    assert without.stats().num_prefix_hit_tokens == 0
+
+
+def test_eviction_of_old_pages_keeps_answers_right(tiny_path: Path, reference) -> None:
+    """Many prompts through few pages: hits come and go, tokens stay."""
+    engine = small_engine(tiny_path, num_pages=9)
+    prompts = [random_prompt(n, 9 + n % 3) for n in range(6)]
+    for turn in range(3):
+        for n, prompt in enumerate(prompts):
+            again = prompt if (turn + n) % 2 else prompts[0]
+            result = run_all(engine, [request("a", again)])["a"]
+            assert_same_greedy(result.token_ids, reference_greedy(reference, again, 8))
+    assert 0 < engine.stats().num_prefix_hit_tokens < 17 * 8
+
+
+def test_dynamic_rope_shares_no_page_beyond_the_original_length(tmp_path: Path) -> None:
+    """Keys of a long prompt are rotated by its own length: another length has other keys."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    path = write_tiny_llama(tmp_path / "m", rope_parameters=rope, max_position_embeddings=16)
+    reference = load_reference(path)
+    engine = small_engine(path, max_model_len=128)
+    common = random_prompt(8, 40)
+    for number, length in enumerate((30, 40, 30, 22, 17)):
+        prompt = common[:length]
+        result = run_all(engine, [request(str(number), prompt)])[str(number)]
+        assert hits(result) == 0
+        assert_same_greedy(result.token_ids, reference_greedy(reference, prompt, 8))
+    for number, length in enumerate((12, 13, 16)):  # short enough to share, and to grow beyond
+        prompt = common[:length]
+        result = run_all(engine, [request(f"s{number}", prompt, greedy(12))])[f"s{number}"]
+        assert hits(result) == (0, 12, 12)[number]
+        assert_same_greedy(result.token_ids, reference_greedy(reference, prompt, 12))
+
+
+# -- limits and fairness -----------------------------------------------------------------------
+
+
+def test_the_queue_is_bounded_in_all(tiny_path: Path) -> None:
+    engine = small_engine(tiny_path, max_num_seqs=2, max_waiting=5)
+    for n in range(5):
+        engine.add(request(str(n), random_prompt(n, 4)))
+    with pytest.raises(EngineOverloadedError, match="limit is 5") as caught:
+        engine.add(request("more", random_prompt(9, 4)))
+    assert caught.value.retry_after_seconds > 0
+    engine.step()  # two run now
+    for n in range(2):
+        engine.add(request(f"late{n}", random_prompt(n, 4)))
+    with pytest.raises(EngineOverloadedError):
+        engine.add(request("more", random_prompt(9, 4)))
+    assert len(run_all(engine)) == 7
+
+
+def test_the_queue_is_bounded_per_adapter(tiny_path: Path, source) -> None:
+    engine = small_engine(tiny_path, source, max_waiting_per_adapter=3)
+    for n in range(3):
+        engine.add(request(f"a{n}", random_prompt(n, 4), None, "all-4"))
+        engine.add(request(f"b{n}", random_prompt(n, 4)))
+    for digest in ("all-4", None):
+        with pytest.raises(EngineOverloadedError, match="limit is 3"):
+            engine.add(request("more", random_prompt(9, 4), None, digest))
+    engine.add(request("other", random_prompt(9, 4), None, "one-1"))
+    assert len(run_all(engine)) == 7
+
+
+def finish_order(engine: Engine) -> list[str]:
+    results: dict[str, Result] = {}
+    order = []
+    while engine.has_work:
+        outputs = engine.step()
+        engine.check_integrity()
+        collect(results, outputs)
+        order += [out.request_id for out in outputs if out.finish_reason is not None]
+    return order
+
+
+def test_many_requests_of_one_adapter_do_not_starve_another(tiny_path: Path, source) -> None:
+    engine = small_engine(tiny_path, source, max_num_seqs=2)
+    for n in range(50):
+        engine.add(request(f"many{n}", random_prompt(n, 6), greedy(4), "all-4"))
+    engine.step()
+    engine.add(request("single", random_prompt(99, 6), greedy(4), "one-1"))
+    engine.add(request("base", random_prompt(98, 6), greedy(4)))
+    order = finish_order(engine)
+    assert len(order) == 52
+    assert set(order[2:4]) == {"single", "base"}  # right after the two that ran already
+
+
+def test_two_busy_adapters_are_served_the_same_number_of_tokens(tiny_path: Path, source) -> None:
+    """One asks in long requests, the other in short ones: fairness counts tokens."""
+    engine = small_engine(tiny_path, source, max_num_seqs=2, num_pages=200)
+    for n in range(10):
+        engine.add(request(f"long{n}", random_prompt(n, 30), greedy(10), "all-4"))
+    for n in range(40):
+        engine.add(request(f"short{n}", random_prompt(n, 6), greedy(4), "one-1"))
+    served = {"long": 0, "short": 0}
+    for name in finish_order(engine):
+        kind = name.rstrip("0123456789")
+        served[kind] += {"long": 40, "short": 10}[kind]
+        if max(served.values()) == 400:
+            break
+        assert abs(served["long"] - served["short"]) <= 3 * 40
+
+
+def test_idle_time_saves_up_nothing(tiny_path: Path, source) -> None:
+    """Who was idle while another was served 50 requests gets its share, not a backlog."""
+    engine = small_engine(tiny_path, source, max_num_seqs=1, num_pages=200)
+    run_all(engine, [request("early", random_prompt(1, 6), greedy(4), "one-1")])
+    for n in range(20):
+        engine.add(request(f"busy{n}", random_prompt(n, 6), greedy(4), "all-4"))
+    order: list[str] = []
+    while len(order) < 8:
+        order += [out.request_id for out in engine.step() if out.finish_reason is not None]
+    for n in range(12):
+        engine.add(request(f"back{n}", random_prompt(n, 6), greedy(4), "one-1"))
+    order = finish_order(engine)[:12]
+    kinds = [name.rstrip("0123456789") for name in order]
+    assert 5 <= kinds.count("back") <= 7, kinds
+
+
+def test_counters_of_the_idle_are_forgotten(tiny_path: Path, tiny_config) -> None:
+    many = [random_factors(tiny_config, f"d{n}", rank=1, seed=n) for n in range(20)]
+    engine = small_engine(tiny_path, MemoryFactorSource.of(*many))
+    run_all(engine, [request(f.digest, random_prompt(1, 4), greedy(2), f.digest) for f in many])
+    assert engine.scheduler.waiting._served == {}
+    assert engine.scheduler.waiting._queues == {}
+
+
+def test_a_request_that_needs_the_whole_cache_runs_alone_in_its_turn(tiny_path: Path) -> None:
+    """Small ones that keep coming do not pass it for ever."""
+    engine = small_engine(tiny_path, num_pages=12, max_num_batched_tokens=48)
+    engine.add(request("small0", random_prompt(0, 8), greedy(8)))
+    engine.step()
+    engine.add(request("big", random_prompt(1, 40), greedy(8)))
+    order: list[str] = []
+    for n in range(1, 40):
+        engine.add(request(f"small{n}", random_prompt(n, 8), greedy(8)))
+        order += [out.request_id for out in engine.step() if out.finish_reason is not None]
+        engine.check_integrity()
+    order += finish_order(engine)
+    assert order.index("big") <= 3
