@@ -32,9 +32,15 @@ def inference_guard(access: Access) -> Guard:
 
 
 def admin_guard(access: Access) -> Guard:
-    """Lets a request in that has an admin key; see `Access.admin_keys` for where there is none."""
+    """Lets a request in that has an admin key; see `Access.admin_keys` for where there is none.
+
+    A server without keys trusts whoever reaches it, but not the web pages that they look at: a
+    browser lets any page send a form with files, and says so in Sec-Fetch-Site.
+    """
 
     async def guard(request: Request) -> None:
+        if request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            raise ApiError(403, "pages of other sites may not manage adapters", "cross_site")
         if not access.api_keys and not access.admin_keys:
             return
         key = _require(request, (*access.api_keys, *access.admin_keys))

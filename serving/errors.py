@@ -64,7 +64,7 @@ class ApiError(Exception):
 
 
 # From the special to the general: the first class that fits decides.
-TABLE: tuple[tuple[type[Exception], int, str | None], ...] = (
+TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (core_errors.PromptTooLongError, 400, "context_length_exceeded"),
     (core_errors.InvalidRequestError, 400, "invalid_value"),
     (core_errors.EngineOverloadedError, 429, "engine_overloaded"),
@@ -73,12 +73,20 @@ TABLE: tuple[tuple[type[Exception], int, str | None], ...] = (
     (GenerationFailedError, 500, "generation_failed"),
     (adapter_errors.UnknownAdapterError, 404, "model_not_found"),
     (adapter_errors.AdapterExistsError, 409, "adapter_exists"),
-    (adapter_errors.AdapterTooLargeError, 413, "adapter_too_large"),
     (adapter_errors.WrongBaseError, 409, "wrong_base"),
+    (adapter_errors.AdapterTooLargeError, 413, "adapter_too_large"),
     (adapter_errors.InvalidAdapterIdError, 422, "invalid_adapter_id"),
     (adapter_errors.UnsupportedAdapterError, 422, "unsupported_adapter"),
     (adapter_errors.MalformedAdapterError, 422, "malformed_adapter"),
 )
+
+# What clients are told where the error's own words are for the log: they may quote the inside.
+_PUBLIC_WORDS = {
+    "adapter_unavailable": "the adapter could not be loaded",
+    "engine_unavailable": "the engine that ran this request is lost; try again",
+    "generation_failed": "the engine could not finish this request",
+    "internal_error": "internal error; the server's log says more",
+}
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -89,11 +97,12 @@ def to_api_error(error: Exception) -> ApiError:
         return _from_validation(error)
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, error.detail, headers=error.headers or {})
-    for kind, status, code in TABLE:
-        if isinstance(error, kind):
-            return ApiError(status, str(error), code, _param(error), _headers(error))
-    logger.error("unexpected error", exc_info=error)
-    return ApiError(500, "internal error; the server's log says more", "internal_error")
+    rows = ((status, code) for kind, status, code in TABLE if isinstance(error, kind))
+    status, code = next(rows, (500, "internal_error"))
+    if code in _PUBLIC_WORDS:
+        logger.error("%s", code, exc_info=error)
+    message = _PUBLIC_WORDS.get(code, str(error))
+    return ApiError(status, message, code, _param(error), _headers(error))
 
 
 def _param(error: Exception) -> str | None:

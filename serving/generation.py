@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from core.errors import AdapterUnavailableError
 from core.requests import FinishReason, GenerationRequest, RequestOutput, TokenLogprobs
 from core.text import IncrementalDetokenizer, StopStrings
 from serving.engine_client import EngineClient, EngineDiedError, GenerationFailedError
@@ -107,12 +108,12 @@ async def generate_choice(
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """Deltas of one choice to its end. Closing it, or a stop string, ends the engine's request.
 
-    Raises as `EngineClient.generate` does, and GenerationFailedError.
+    Raises as `EngineClient.generate` does; GenerationFailedError for an output that is an error.
     """
     text = ChoiceText(plan, tokenizer)
     async with aclosing(engines.generate(plan.request)) as outputs:
         async for output in outputs:
-            _raise_failure(output)
+            _raise_failure(plan.request, output)
             delta = text.take(output)
             yield delta
             if delta.finish_reason is not None:
@@ -120,9 +121,11 @@ async def generate_choice(
     raise EngineDiedError("the engine stopped before the request was finished")
 
 
-def _raise_failure(output: RequestOutput) -> None:
+def _raise_failure(request: GenerationRequest, output: RequestOutput) -> None:
+    """An engine that goes on fails single requests only for want of their adapter's factors."""
     if output.finish_reason is FinishReason.ERROR:
-        raise GenerationFailedError(output.error or "the engine failed")
+        kind = GenerationFailedError if request.adapter_digest is None else AdapterUnavailableError
+        raise kind(output.error or "the engine failed")
     if output.finish_reason is FinishReason.ABORT:
         raise EngineDiedError("the engine stopped before the request was finished")
 

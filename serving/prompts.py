@@ -40,7 +40,8 @@ async def tokenize(
 
 async def _encode(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
     def encode() -> list[list[int]]:
-        ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+        encoded = tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     if not texts:

@@ -20,6 +20,8 @@ MAX_PROMPTS = 1024
 _INT64 = 2**63
 
 TextOrTokens: TypeAlias = str | tuple[int, ...]
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class RequestBody(BaseModel):
@@ -59,7 +61,7 @@ def _parse_stops(value: Any) -> list[str]:
 
 
 def _token_bias(value: dict[str, float]) -> dict[int, float]:
-    if not all(key.isascii() and key.isdigit() for key in value):
+    if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
         raise PydanticCustomError("token_id", "keys must be token ids")
     return {int(key): bias for key, bias in value.items()}
 
@@ -76,18 +78,18 @@ class SamplingFields(RequestBody):
     model: Annotated[str, Field(min_length=1, max_length=1024)]
     temperature: float | None = None
     top_p: float | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: float | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], AfterValidator(_token_bias)] | None = None
     stop: Annotated[
         list[str], BeforeValidator(_parse_stops), Field(max_length=MAX_STOP_STRINGS)
     ] = []
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True

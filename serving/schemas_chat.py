@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.requests import MAX_LOGPROBS
-from serving.schemas import RequestBody, SamplingFields, refuse_unsupported
+from serving.schemas import Count, RequestBody, SamplingFields, refuse_unsupported
 
 MAX_MESSAGES = 4096
 
@@ -95,7 +95,7 @@ class ChatCompletionRequest(SamplingFields):
     """POST /v1/chat/completions. Without a limit of tokens the answer may fill the context."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from core.text import IncrementalDetokenizer, StopStrings, TokenStrings, special_token_ids
 
@@ -216,3 +216,15 @@ def test_only_the_beginning_of_a_stop_string_is_held_back():
     assert stop_strings.push("\nUser: next") == ""
     assert stop_strings.found == "\nUser:"
     assert stop_strings.push("more") == stop_strings.flush() == ""
+
+
+def test_a_real_tokenizer_streams_what_it_decodes(default_base):
+    """SmolLM2's own vocabulary, special tokens and all."""
+    tokenizer = AutoTokenizer.from_pretrained(default_base)
+    text = "<|im_start|>user\n" + " ".join(CORPUS * 2) + "<|im_end|>\n"
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    for skip in (True, False):
+        pieces = stream(tokenizer, [], token_ids, skip)
+        assert "".join(pieces) == decode(tokenizer, token_ids, skip)
+        assert not any("\ufffd" in piece for piece in pieces)
+    assert decode(tokenizer, token_ids, skip=False) == text

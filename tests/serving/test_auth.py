@@ -96,3 +96,16 @@ async def test_a_body_is_not_read_before_the_key_is_known(services):
             "/v1/adapters", content=body(), headers={"content-type": "application/json"}
         )
     assert (response.status_code, read) == (401, [])
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_other_sites_pages_do_not_manage_adapters(client, peft_adapters, store, site):
+    """Without keys, a form with files needs no permission from the browser's user."""
+    files = [("files", (f.name, f.read_bytes())) for f in (peft_adapters / "two").iterdir()]
+    for value, status in ((site, 403), ("same-origin", 201)):
+        headers = {"sec-fetch-site": value}
+        response = await client.post(
+            "/v1/adapters", data={"id": "two"}, files=files, headers=headers
+        )
+        assert response.status_code == status
+    assert len(store.records()) == 2
