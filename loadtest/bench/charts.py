@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from loadtest.bench.contestants import OURS_ENGINE, OURS_HTTP, PEFT_MIXED, PEFT_SINGLE
-from loadtest.bench.markdown import Report
+from loadtest.bench.report import Report
 from loadtest.bench.results import Cell
 from loadtest.stats import Distribution
 

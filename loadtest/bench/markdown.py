@@ -3,64 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from loadtest.bench.contestants import ORDER, OURS_ENGINE, OURS_HTTP, PEFT_MIXED, PEFT_SINGLE
 from loadtest.bench.lifecycle import Lifecycle
-from loadtest.bench.plan import WORKLOADS, BenchSizes
-from loadtest.bench.results import Cell, Cells, RoundResult, ratio
+from loadtest.bench.plan import WORKLOADS
+from loadtest.bench.report import Report, ratios
+from loadtest.bench.results import Cell
 from loadtest.stats import Distribution
 
 _NOISY_CORES = 0.2
 _MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that the page, the plots and the JSON show."""
-
-    conditions: Mapping[str, object]
-    sizes: BenchSizes
-    num_rounds: int
-    cells: Cells
-    rounds: Sequence[RoundResult]
-    lifecycle: Lifecycle | None
-
-    @property
-    def contestants(self) -> list[str]:
-        """Names of those that took part, ours first."""
-        there = {contestant for contestant, _ in self.cells}
-        return [name for name in ORDER if name in there]
-
-    @property
-    def workloads(self) -> list[str]:
-        """Names of the workloads that were run."""
-        ran = {workload for _, workload in self.cells}
-        return [name for name in WORKLOADS if name in ran]
-
-
-def peft_of(cells: Cells, workload: str) -> tuple[str, str] | None:
-    """The faster of PEFT's two ways on a workload."""
-    keys = [(name, workload) for name in (PEFT_MIXED, PEFT_SINGLE)]
-    there = [key for key in keys if key in cells]
-    return max(there, key=lambda key: cells[key].tokens_per_second, default=None)
-
-
-def ratios(cells: Cells) -> dict[str, float]:
-    """All ratios of throughput by a readable name."""
-    found: dict[str, float | None] = {}
-    for ours in (OURS_HTTP, OURS_ENGINE):
-        for workload in WORKLOADS:
-            peft = peft_of(cells, workload)
-            if peft is not None:
-                found[f"{ours} / PEFT, {workload}"] = ratio(cells, (ours, workload), peft)
-    for name in dict.fromkeys(contestant for contestant, _ in cells):
-        for adapters, base in (("W3", "W2"), ("W4", "W4b")):
-            found[f"{name}, {adapters} / {base}"] = ratio(cells, (name, adapters), (name, base))
-    for workload in WORKLOADS:
-        over, under = (OURS_HTTP, workload), (OURS_ENGINE, workload)
-        found[f"HTTP / engine alone, {workload}"] = ratio(cells, over, under)
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def markdown(report: Report) -> str:

@@ -1,7 +1,9 @@
+import json
 import os
 import struct
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,10 @@ from loadtest.bench.contestants import (
 from loadtest.bench.exactness import Judge, Output, verdict_of
 from loadtest.bench.lifecycle import Lifecycle
 from loadtest.bench.machine import CpuLoad, describe_machine, measured_load, pss_bytes
-from loadtest.bench.markdown import Report, markdown, ratios
+from loadtest.bench.markdown import markdown
 from loadtest.bench.plan import FULL, SHORT, WORKLOADS, BenchRequest, Plan, Wave, make_plan
 from loadtest.bench.processes import ScriptPeer, run_python
+from loadtest.bench.report import Report, ratios, refuse_inexact, write_json
 from loadtest.bench.results import RoundResult, cells_of, ratio
 from loadtest.bench.server import VbserveServer
 from loadtest.errors import BenchError
@@ -239,3 +242,21 @@ def test_the_chart_is_drawn(tmp_path: Path) -> None:
     data = path.read_bytes()
     assert struct.unpack(">II", data[16:24]) > (1000, 700)
     assert len(data) > 30_000
+
+
+def test_the_json_holds_every_round_and_its_verdicts(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    write_json(path, report())
+    content = json.loads(path.read_text())
+    assert len(content["rounds"]) == len(rounds())
+    assert content["rounds"][0]["verdicts"] == ["equal", "tie"]
+    assert content["rounds"][0]["load"]["foreign_cores"] == 0.5
+    assert content["ratios"][f"{OURS_HTTP} / PEFT, W2"] == 3.0
+    assert content["lifecycle"]["registration"]["p50"] == 0.02
+
+
+def test_inexact_answers_fail_the_bench() -> None:
+    with pytest.raises(BenchError, match=r"vbserve over HTTP on W2: 0\.750 exact"):
+        refuse_inexact(report())
+    good = [one for one in rounds() if "differs" not in one.verdicts]
+    refuse_inexact(replace(report(), cells=cells_of(good)))
