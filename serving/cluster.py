@@ -47,7 +47,7 @@ def private_cluster(num_cpus: int) -> Iterator[None]:
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=str(directory),
+            _temp_dir=str(directory / "ray"),  # Ray lets everyone into this one, not its parent
         ):
             yield
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 STOP_SECONDS = 60.0
 
 
@@ -68,7 +68,7 @@ class ServerProcess:
     def wait(self, seconds: float = STOP_SECONDS) -> int:
         """The launcher's exit status."""
         status = self._process.wait(seconds)
-        self._reader.join(5)
+        self._close()
         return status
 
     def processes(self) -> dict[int, str]:
@@ -97,6 +97,7 @@ class ServerProcess:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
         self._process.wait(5)
+        self._close()
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels, over all replicas."""
@@ -111,6 +112,13 @@ class ServerProcess:
     def _read(self) -> None:
         assert self._process.stdout is not None
         self._lines.extend(self._process.stdout)
+
+    def _close(self) -> None:
+        """Once no process is left that could write."""
+        assert self._process.stdout is not None
+        self._reader.join(5)
+        assert not self._reader.is_alive(), f"someone still writes: {self.processes()}"
+        self._process.stdout.close()
 
 
 @contextlib.contextmanager
