@@ -10,10 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from core.engine import Engine, EngineStats, load_engine
+    from core.engine import Engine, EngineStats
     from core.engine_config import EngineConfig
     from core.engine_thread import EngineThread
     from core.llm import LLM, Completion
+    from core.loading import load_engine
     from core.model_config import BaseInfo, read_base_info
     from core.requests import FinishReason, GenerationRequest, RequestOutput, SamplingParams
 
@@ -29,7 +30,7 @@ _MODULE_OF = {
     "GenerationRequest": "requests",
     "RequestOutput": "requests",
     "SamplingParams": "requests",
-    "load_engine": "engine",
+    "load_engine": "loading",
     "read_base_info": "model_config",
 }
 

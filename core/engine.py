@@ -7,36 +7,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from core.attention import KVStorage, bytes_per_token
-from core.batch import Batch, build_batch, wants_prompt_logprobs
+from core.batch import Batch, build_batch
 from core.engine_config import EngineConfig
-from core.errors import AdapterUnavailableError, InvalidRequestError, PromptTooLongError
+from core.errors import AdapterUnavailableError, InvalidRequestError
 from core.factors import FactorSource
-from core.kernels.build import load_library
-from core.kernels.cpu_ops import CpuOps
 from core.kv_cache import KVPool
 from core.model import LlamaModel
-from core.model_config import ModelConfig, read_model_config
-from core.ops import Ops, TorchOps
-from core.requests import (
-    FinishReason,
-    GenerationRequest,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-)
-from core.sampler import logprobs_of, sample
+from core.next_tokens import NextToken, next_tokens
+from core.request_check import check_request
+from core.requests import FinishReason, GenerationRequest, RequestOutput, TokenLogprobs
 from core.scheduler import Scheduler
-from core.sequence import Chunk, Sequence, Status
-from core.weights import load_weights
+from core.sequence import Sequence, Status
 
 _CPU_KV_BYTES = 1 << 30
 _CUDA_KV_SHARE = 0.6
@@ -85,41 +71,9 @@ class Engine:
         InvalidRequestError, PromptTooLongError, or AdapterUnavailableError when there is no
         source of factors at all.
         """
-        tokens = request.prompt_token_ids
-        if not tokens:
-            raise InvalidRequestError(
-                "the prompt is empty, it must have at least one token", param="prompt"
-            )
-        self._check_token_ids("prompt", tokens)
-        self._check_token_ids("logit_bias", request.sampling.logit_bias)
-        self._check_stops(request.sampling)
-        wanted = len(tokens) + request.sampling.max_tokens
-        if wanted > self.max_model_len:
-            raise PromptTooLongError(
-                f"{len(tokens)} prompt tokens and max_tokens {request.sampling.max_tokens} are "
-                f"{wanted} tokens, the longest sequence served has {self.max_model_len}",
-                param="max_tokens" if len(tokens) < self.max_model_len else "prompt",
-            )
+        check_request(request, self.model.config, self.max_model_len)
         if request.adapter_digest is not None and not self._has_factors:
             raise AdapterUnavailableError("this engine was built without a source of adapters")
-
-    def _check_stops(self, params: SamplingParams) -> None:
-        self._check_token_ids("stop_token_ids", params.stop_token_ids)
-        stops = params.stop_token_ids | self.model.config.eos_token_ids
-        if params.min_tokens and len(stops) >= self.model.config.vocab_size:
-            raise InvalidRequestError(
-                f"stop_token_ids leaves none for min_tokens {params.min_tokens}, must leave one",
-                param="stop_token_ids",
-            )
-
-    def _check_token_ids(self, param: str, token_ids: Iterable[int]) -> None:
-        vocab_size = self.model.config.vocab_size
-        bad = next((token for token in token_ids if not 0 <= token < vocab_size), None)
-        if bad is not None:
-            raise InvalidRequestError(
-                f"token id {bad} is not in the vocabulary, must be in [0, {vocab_size})",
-                param=param,
-            )
 
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises as `check` does, and EngineOverloadedError."""
@@ -156,41 +110,12 @@ class Engine:
         )
         adapters = self.model.ops.bind(batch.adapter_rows)
         logits_RV = self.model.forward(batch, self._kv, adapters)
-        tokens = self._sample(batch, logits_RV)
+        tokens = next_tokens(batch, logits_RV, self.model.config.eos_token_ids)
         self.num_steps += 1
         return outputs + self._update(batch, tokens)
 
-    def _sample(self, batch: Batch, logits_RV: Tensor) -> dict[Sequence, _Sampled | None]:
-        """New tokens of the sequences that sample, with logprobs; fills prompt logprobs.
-
-        None for a sequence whose logits are not finite: factors may overflow in the forward.
-        """
-        finite = logits_RV.amax(dim=-1).isfinite().tolist()
-        found: dict[Sequence, _Sampled | None] = {}
-        rows: list[int] = []
-        seqs: list[Sequence] = []
-        end = 0
-        for chunk, num_rows in batch.logit_spans:
-            end += num_rows
-            if not all(finite[end - num_rows : end]):
-                found[chunk.seq] = None
-                continue
-            if wants_prompt_logprobs(chunk):
-                _fill_prompt_logprobs(chunk, logits_RV[end - num_rows : end])
-            if chunk.samples and chunk.seq.request.sampling.max_tokens > 0:
-                rows.append(end - 1)
-                seqs.append(chunk.seq)
-        if not seqs:
-            return found
-        chosen_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
-        tokens = sample(chosen_RV, seqs, self.model.config.eos_token_ids)
-        logprobs = _sampled_logprobs(chosen_RV, seqs, tokens)
-        for seq, token in zip(seqs, tokens, strict=True):
-            found[seq] = _Sampled(token, logprobs.get(seq))
-        return found
-
     def _update(
-        self, batch: Batch, sampled: dict[Sequence, _Sampled | None]
+        self, batch: Batch, sampled: dict[Sequence, NextToken | None]
     ) -> list[RequestOutput]:
         outputs = []
         for chunk in batch.chunks:
@@ -209,7 +134,7 @@ class Engine:
             seq, FinishReason.ERROR, error=f"{weights} logits are not finite for this request"
         )
 
-    def _append(self, seq: Sequence, new: _Sampled) -> RequestOutput:
+    def _append(self, seq: Sequence, new: NextToken) -> RequestOutput:
         seq.token_ids.append(new.token_id)
         is_first = seq.first_token is None
         if is_first:
@@ -292,51 +217,6 @@ class Engine:
         assert known == listed | {id(seq) for seq, _ in self.scheduler.failed}, "sequences differ"
 
 
-@dataclass(frozen=True)
-class _Sampled:
-    token_id: int
-    logprobs: TokenLogprobs | None
-
-
-def load_engine(
-    path: Path | str, config: EngineConfig | None = None, factor_source: FactorSource | None = None
-) -> Engine:
-    """Read a Hugging Face model directory and build an engine for it.
-
-    Raises UnsupportedModelError for what is not served exactly.
-    """
-    config = config or EngineConfig()
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    device, dtype = resolve_placement(config)
-    model_config = read_model_config(Path(path))
-    weights = load_weights(Path(path), model_config, device, dtype)
-    ops = make_ops(model_config, device, dtype, compiled=config.compiled_kernels)
-    return Engine(LlamaModel(model_config, weights, ops), config, factor_source)
-
-
-def make_ops(
-    model_config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool
-) -> Ops:
-    """Compiled kernels for fp32 on the CPU where they can be had, else torch's operations."""
-    if compiled and device.type == "cpu" and dtype == torch.float32:
-        library = load_library()
-        if library is not None:
-            return CpuOps(model_config, library)
-    return TorchOps(model_config, device, dtype)
-
-
-def resolve_placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype that "auto" stands for on this machine."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if name == "cuda" else "float32"
-    return torch.device(name), getattr(torch, dtype)
-
-
 def _num_pages(model: LlamaModel, config: EngineConfig) -> int:
     budget = config.kv_cache_bytes
     if budget is None and model.device.type == "cuda":
@@ -349,31 +229,6 @@ def _num_pages(model: LlamaModel, config: EngineConfig) -> int:
             param="kv_cache_bytes",
         )
     return num_pages
-
-
-def _fill_prompt_logprobs(chunk: Chunk, logits_RV: Tensor) -> None:
-    """Add the logprobs of the prompt's tokens after the chunk's rows, unless they are there."""
-    seq = chunk.seq
-    known = seq.prompt_logprobs
-    if not known:
-        known.append(None)  # nothing comes before the first token
-    first_row = len(known) - 1 - chunk.start
-    targets = seq.token_ids[len(known) : min(chunk.end + 1, seq.num_prompt)]
-    if targets and first_row >= 0:
-        num_top = seq.request.sampling.prompt_logprobs or 0
-        rows_RV = logits_RV[first_row : first_row + len(targets)]
-        known.extend(logprobs_of(rows_RV, targets, num_top))
-
-
-def _sampled_logprobs(
-    logits_RV: Tensor, seqs: Seq[Sequence], tokens: Seq[int]
-) -> dict[Sequence, TokenLogprobs]:
-    found = {}
-    for row, (seq, token) in enumerate(zip(seqs, tokens, strict=True)):
-        num_top = seq.request.sampling.logprobs
-        if num_top is not None:
-            found[seq] = logprobs_of(logits_RV[row : row + 1], [token], num_top)[0]
-    return found
 
 
 def _prompt_logprobs(seq: Sequence) -> tuple[TokenLogprobs | None, ...] | None:

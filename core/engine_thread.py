@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from core.engine import Engine, EngineStats
-from core.errors import CoreError
+from core.errors import CoreError, InvalidRequestError
 from core.requests import FinishReason, GenerationRequest, RequestOutput
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ class EngineThread:
         with self._wake:
             if self._stopping or self.error is not None:
                 raise CoreError(f"the engine has stopped: {self.error or 'shut down'}")
+            if request.request_id in self._open:
+                raise InvalidRequestError(f"request id {request.request_id!r} is in use already")
             waiting = self.engine.scheduler.waiting
             digest = request.adapter_digest
             waiting.check_room(digest, len(self._inbox), self._pending[digest])
@@ -146,6 +148,9 @@ class EngineThread:
             left, self._open = self._open, set()
         reason = FinishReason.ABORT if self.error is None else FinishReason.ERROR
         message = None if self.error is None else f"the engine has failed: {self.error}"
+        if self.error is None:  # else nobody knows what state the engine is in
+            for name in left:
+                self.engine.abort(name)
         if left:
             self._on_step(
                 [RequestOutput(name, (), finish_reason=reason, error=message) for name in left]

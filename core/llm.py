@@ -13,10 +13,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from core.engine import load_engine
 from core.engine_config import EngineConfig
 from core.errors import CoreError, InvalidRequestError
 from core.factors import FactorSource
+from core.loading import load_engine
 from core.requests import (
     FinishReason,
     GenerationRequest,

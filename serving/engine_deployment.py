@@ -18,10 +18,10 @@ from ray import serve
 
 from adapters.factor_cache import FactorCache
 from adapters.store import AdapterStore
-from core.engine import load_engine, resolve_placement
 from core.engine_config import EngineConfig
 from core.engine_thread import EngineThread
 from core.errors import CoreError
+from core.loading import load_engine, resolve_placement
 from core.model_config import read_base_info
 from core.requests import FinishReason, GenerationRequest, RequestOutput
 from serving.engine_client import EngineDiedError

@@ -16,8 +16,8 @@ import torch
 
 from adapters.factor_cache import FactorCache
 from adapters.store import AdapterStore
-from core.engine import load_engine
 from core.engine_config import EngineConfig
+from core.loading import load_engine
 from core.model_config import read_base_info
 from core.requests import FinishReason, GenerationRequest, SamplingParams
 from loadtest.peers.wire import Answer, Record, Request, answer_of, requests_of, serve, versions

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from core.attention import KVStorage
 from core.batch import AdapterRows, build_batch
-from core.engine import load_engine
 from core.engine_config import EngineConfig
 from core.factors import AdapterFactors
+from core.loading import load_engine
 from core.model import LlamaModel
 from core.model_config import read_model_config
 from core.requests import GenerationRequest, SamplingParams

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from core.engine import Engine, load_engine
+from core.engine import Engine
 from core.engine_config import EngineConfig
 from core.errors import AdapterUnavailableError
 from core.factors import PROJECTIONS, AdapterFactors, FactorSource, LowRankPair, ModuleKey
+from core.loading import load_engine
 from core.model_config import ModelConfig
 from core.requests import FinishReason, GenerationRequest, RequestOutput, SamplingParams
 

@@ -15,9 +15,10 @@ from transformers import LlamaForCausalLM
 
 from adapters.factor_cache import FactorCache
 from adapters.store import AdapterStore
-from core.engine import Engine, load_engine
+from core.engine import Engine
 from core.engine_config import EngineConfig
 from core.errors import EngineOverloadedError, InvalidRequestError
+from core.loading import load_engine
 from core.requests import FinishReason, GenerationRequest, SamplingParams
 from serving.engine_client import EngineDiedError
 from serving.in_process_engine import InProcessEngineClient

@@ -1,0 +1,59 @@
+"""From a model directory and settings to an engine: placement, weights, operations.
+
+Knows nothing of how an engine runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from core.engine import Engine
+from core.engine_config import EngineConfig
+from core.factors import FactorSource
+from core.kernels.build import load_library
+from core.kernels.cpu_ops import CpuOps
+from core.model import LlamaModel
+from core.model_config import ModelConfig, read_model_config
+from core.ops import Ops, TorchOps
+from core.weights import load_weights
+
+
+def load_engine(
+    path: Path | str, config: EngineConfig | None = None, factor_source: FactorSource | None = None
+) -> Engine:
+    """Read a Hugging Face model directory and build an engine for it.
+
+    Raises UnsupportedModelError for what is not served exactly.
+    """
+    config = config or EngineConfig()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device, dtype = resolve_placement(config)
+    model_config = read_model_config(Path(path))
+    weights = load_weights(Path(path), model_config, device, dtype)
+    ops = make_ops(model_config, device, dtype, compiled=config.compiled_kernels)
+    return Engine(LlamaModel(model_config, weights, ops), config, factor_source)
+
+
+def make_ops(
+    model_config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> Ops:
+    """Compiled kernels for fp32 on the CPU where they can be had, else torch's operations."""
+    if compiled and device.type == "cpu" and dtype == torch.float32:
+        library = load_library()
+        if library is not None:
+            return CpuOps(model_config, library)
+    return TorchOps(model_config, device, dtype)
+
+
+def resolve_placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that "auto" stands for on this machine."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if name == "cuda" else "float32"
+    return torch.device(name), getattr(torch, dtype)
