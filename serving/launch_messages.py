@@ -20,6 +20,8 @@ Note = Callable[[str], None]
 """Adds a detail to the line of the stage that runs."""
 
 _MAX_NAMES = 12
+_MESSAGE = "Write one sentence about the sea."
+_DEMO_MODEL, _DEMO_MESSAGE = "json-extract", "Maria from Lisbon ordered 12 lamps."
 
 
 class Stages:
@@ -49,7 +51,10 @@ def ready_message(settings: Settings, base_name: str, adapter_ids: Sequence[str]
     names = [base_name, *adapter_ids[:_MAX_NAMES]]
     more = len(adapter_ids) - _MAX_NAMES
     listed = ", ".join(names) + (f" and {more} more" if more > 0 else "")
-    curl = curl_command(url, adapter_ids[0] if adapter_ids else base_name, bool(settings.api_keys))
+    model, message = adapter_ids[0] if adapter_ids else base_name, _MESSAGE
+    if settings.model is None and _DEMO_MODEL in adapter_ids:
+        model, message = _DEMO_MODEL, _DEMO_MESSAGE
+    curl = curl_command(url, model, message, needs_key=bool(settings.api_keys))
     return Text.assemble(
         ("\nREADY", "bold green"),
         f" at {url}, serving {listed}\n\nTry:\n\n{curl}\n\nCtrl-C stops the server.",
@@ -61,11 +66,11 @@ def server_url(settings: Settings) -> str:
     return f"http://{_reachable(settings.host)}:{settings.port}"
 
 
-def curl_command(url: str, model: str, needs_key: bool) -> str:
+def curl_command(url: str, model: str, message: str, *, needs_key: bool) -> str:
     """A chat completion with `model`, as a person would type it."""
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": "Write one sentence about the sea."}],
+        "messages": [{"role": "user", "content": message}],
         "max_tokens": 48,
     }
     key = '-H "Authorization: Bearer $VBSERVE_CLIENT_KEY" ' if needs_key else ""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import platformdirs
 
 from adapters.errors import AdapterExistsError
-from adapters.store import AdapterStore, StoreLimits
+from adapters.store import AdapterStore
+from adapters.store_limits import StoreLimits
 from core.model_config import BaseInfo
 from serving.settings import Settings, SettingsError
 
