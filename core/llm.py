@@ -7,14 +7,16 @@ is the digest under which the factor source yields its factors.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from core.engine_config import EngineConfig
-from core.errors import CoreError, InvalidRequestError
+from core.errors import CoreError, EngineOverloadedError, InvalidRequestError
 from core.factors import FactorSource
 from core.loading import load_engine
 from core.requests import (
@@ -63,25 +65,24 @@ class LLM:
         sampling: SamplingParams = SamplingParams(),  # noqa: B008  frozen
         *,
         adapters: Seq[str | None] | str | None = None,
-        stop: Seq[str] = (),
+        stop: Seq[str] | str = (),
     ) -> list[Completion]:
-        """Complete all prompts, in one batch where they fit.
+        """Complete all prompts, in one batch where they fit; any number of them may wait.
 
         `adapters` is one digest for all prompts or one per prompt, None being the base. Raises
         InvalidRequestError and its kin before anything runs, and CoreError when an adapter's
         factors can't be had.
         """
         digests = _per_prompt(adapters, len(prompts))
+        stops = (stop,) if isinstance(stop, str) else stop
         runs = [
-            self._start(f"generate-{number}", prompt, sampling, digest, stop)
+            self._start(f"generate-{number}", prompt, sampling, digest, stops)
             for number, (prompt, digest) in enumerate(zip(prompts, digests, strict=True))
         ]
         for run in runs:
             self.engine.check(run.request)
         by_id = {run.request.request_id: run for run in runs}
         try:
-            for run in runs:
-                self.engine.add(run.request)
             self._run(by_id)
         finally:
             for request_id in by_id:
@@ -101,13 +102,21 @@ class LLM:
         return _Run(request, IncrementalDetokenizer(self.tokenizer, ids), StopStrings(stop))
 
     def _run(self, by_id: dict[str, _Run]) -> None:
-        while self.engine.has_work:
+        coming = deque(run.request for run in by_id.values())
+        while coming or self.engine.has_work:
+            self._add_while_room(coming)
             num_steps = self.engine.num_steps
             for output in self.engine.step():
                 if by_id[output.request_id].take(output):
                     self.engine.abort(output.request_id)
             if self.engine.num_steps == num_steps:
                 time.sleep(_FACTORS_POLL_SECONDS)
+
+    def _add_while_room(self, coming: deque[GenerationRequest]) -> None:
+        with suppress(EngineOverloadedError):  # the rest is added after a step
+            while coming:
+                self.engine.add(coming[0])
+                coming.popleft()
 
 
 @dataclass
