@@ -211,8 +211,9 @@ def test_an_id_in_use_is_refused_and_the_first_goes_on(make, listener, source) -
     listener.wait_until_ended("a")
     assert listener.results["a"].finish_reason is FinishReason.LENGTH
     assert len(listener.results["a"].token_ids) == 4
+    del listener.results["a"]
     thread.submit(request("a", PROMPT, greedy(4)))  # free again
-    wait_until(lambda: not thread.engine.has_work)
+    listener.wait_until_ended("a")
 
 
 @pytest.mark.parametrize("options", [{"max_waiting": 3}, {"max_waiting_per_adapter": 3}], ids=str)
