@@ -25,8 +25,15 @@ from torch import Tensor
 
 from adapters.bank_pool import Bank, tensor_digest
 from adapters.errors import MalformedAdapterError
-from adapters.layout import ModuleSpec, in_layout_order, module_spec, num_factor_values
-from adapters.safetensors_bytes import parse_safetensors
+from adapters.layout import (
+    ModuleSpec,
+    Side,
+    factor_order,
+    in_layout_order,
+    module_spec,
+    num_factor_values,
+)
+from adapters.safetensors_bytes import parse_safetensors, read_metadata
 from core.factors import PROJECTIONS, ModuleKey
 from core.model_config import ModelConfig
 
@@ -72,13 +79,22 @@ class _CompactForm:
         return num_factor_values(self.modules) * _FACTOR_VALUE_BYTES
 
     @cached_property
+    def factor_order(self) -> tuple[tuple[ModuleSpec, Side], ...]:
+        """Every factor in the order of the buffer, see `layout`."""
+        return tuple(factor_order(self.modules))
+
+    @cached_property
     def digest(self) -> str:
         """Hex sha256 of the content."""
-        return tensor_digest(_canonical_json(self.metadata), self.tensors)
+        return tensor_digest(self._metadata_json, self.tensors)
 
     def to_bytes(self) -> bytes:
         """One safetensors file, without the bank."""
-        return safetensors.torch.save(self.tensors, {METADATA_KEY: _canonical_json(self.metadata)})
+        return safetensors.torch.save(self.tensors, {METADATA_KEY: self._metadata_json})
+
+    @cached_property
+    def _metadata_json(self) -> str:
+        return _canonical_json(self.metadata)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +182,7 @@ def bank_to_bytes(bank: Bank) -> bytes:
 
 def bank_from_bytes(data: bytes) -> Bank:
     """Inverse of `bank_to_bytes`. Raises MalformedAdapterError."""
-    tensors, _ = parse_safetensors(data)
+    tensors = parse_safetensors(data)
     if set(tensors) != {"vectors"} or tensors["vectors"].ndim != 2:
         raise MalformedAdapterError("a bank blob holds one tensor 'vectors' of two dimensions")
     return Bank(tensors["vectors"])
@@ -209,9 +225,9 @@ class CompactBlob:
 
 def blob_from_bytes(data: bytes) -> CompactBlob:
     """Inverse of `to_bytes`. Raises MalformedAdapterError."""
-    tensors, metadata = parse_safetensors(data)
+    tensors = parse_safetensors(data)
     try:
-        return CompactBlob(json.loads(metadata[METADATA_KEY]), tensors)
+        return CompactBlob(json.loads(read_metadata(data)[METADATA_KEY]), tensors)
     except (KeyError, ValueError) as error:
         raise MalformedAdapterError(f"not a compact adapter: {error!r}") from error
 

@@ -52,7 +52,7 @@ def read_peft_files(
     config_bytes = _read_capped(root / CONFIG_NAME, max_config_bytes, allowed_root)
     config = _parse_config(config_bytes)
     weights = _read_capped(root / WEIGHTS_NAME, max_weights_bytes, allowed_root)
-    tensors, _ = parse_safetensors(weights)
+    tensors = parse_safetensors(weights)
     return PeftFiles(config, tensors, {CONFIG_NAME: len(config_bytes), WEIGHTS_NAME: len(weights)})
 
 

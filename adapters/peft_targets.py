@@ -156,9 +156,9 @@ def _layer_predicate(config: Mapping[str, Any], matcher: PatternMatcher) -> Pred
     wanted = config.get("layers_to_transform")
     if wanted is None or wanted == []:
         return lambda name: True
-    layers = set(wanted if isinstance(wanted, list) else [wanted])
+    layers = wanted if isinstance(wanted, list) else [wanted]
     if not all(type(layer) is int for layer in layers):
-        raise MalformedAdapterError(f"layers_to_transform is {wanted!r}, must be integers")
+        raise MalformedAdapterError(f"layers_to_transform is {str(wanted)[:80]}, must be integers")
     patterns = _layer_patterns(config.get("layers_pattern"))
 
     def in_layers(name: str) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.compact import CompactAdapter, CompactLoRA, CompactVBLoRA
-from adapters.layout import ModuleSpec, Side, factor_order
+from adapters.layout import Side
 from core.factors import AdapterFactors, LowRankPair, ModuleKey
 
 
@@ -57,14 +57,12 @@ def all_weights(weights_NJ: Tensor) -> Tensor:
 
 
 def _pairs(adapter: CompactAdapter, buffer: Tensor) -> dict[ModuleKey, LowRankPair]:
-    order = list(factor_order(adapter.modules))
+    order = adapter.factor_order
     pieces = buffer.split([spec.num_values(side) for spec, side in order])
-    factors: dict[tuple[ModuleKey, Side], Tensor] = {
-        (spec.key, side): piece.view(spec.rank, -1)
-        for (spec, side), piece in zip(order, pieces, strict=True)
+    factors: dict[Side, dict[ModuleKey, Tensor]] = {"a": {}, "b": {}}
+    for (spec, side), piece in zip(order, pieces, strict=True):
+        factors[side][spec.key] = piece.view(spec.rank, -1)
+    return {
+        spec.key: LowRankPair(factors["a"][spec.key], factors["b"][spec.key], spec.scale)
+        for spec in adapter.modules
     }
-    return {spec.key: _pair(spec, factors) for spec in adapter.modules}
-
-
-def _pair(spec: ModuleSpec, factors: dict[tuple[ModuleKey, Side], Tensor]) -> LowRankPair:
-    return LowRankPair(factors[spec.key, "a"], factors[spec.key, "b"], spec.scale)

@@ -34,8 +34,8 @@ _DTYPES = {
 
 def parse_safetensors(
     data: bytes, *, max_header_bytes: int = MAX_HEADER_BYTES
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (own memory, CPU) and metadata of a safetensors file.
+) -> dict[str, Tensor]:
+    """The tensors (own memory, CPU) of a safetensors file.
 
     Raises MalformedAdapterError for anything that is not a complete, consistent file, for a header
     over `max_header_bytes`, and for dtypes other than the usual integers and floats.
@@ -51,10 +51,16 @@ def parse_safetensors(
         )
     try:
         entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]  # a Rust function
-        metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+    except safetensors.SafetensorError as error:
         raise MalformedAdapterError(f"not a safetensors file: {error}") from error
-    return {name: _tensor(name, view) for name, view in entries}, metadata
+    return {name: _tensor(name, view) for name, view in entries}
+
+
+def read_metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a file that `parse_safetensors` has accepted."""
+    header_bytes = int.from_bytes(data[:8], "little")
+    header: dict[str, dict[str, str]] = json.loads(data[8 : 8 + header_bytes])
+    return header.get("__metadata__") or {}
 
 
 def _tensor(name: str, view: dict[str, object]) -> Tensor:
@@ -67,4 +73,4 @@ def _tensor(name: str, view: dict[str, object]) -> Tensor:
         raise MalformedAdapterError(f"tensor {name!r} has the shape {shape}")
     if prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).reshape(shape)
+    return torch.frombuffer(data, dtype=dtype).view(shape)

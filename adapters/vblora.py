@@ -18,7 +18,7 @@ length B, K entries per sub-vector, J = K - 1, N sub-vectors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -49,8 +49,9 @@ class _Geometry(NamedTuple):
 
 
 class _SubVectors(NamedTuple):
-    """One factor's sub-vectors in the order of the compact form: (n, K) int64 and (n, J) float."""
+    """One factor's sub-vectors in the order of the compact form: (n, K) and (n, J)."""
 
+    name: str
     indices_NK: Tensor
     weights_NJ: Tensor
 
@@ -69,13 +70,13 @@ def read_vblora(files: PeftFiles, base: BaseInfo) -> CompactVBLoRA:
     bank_HB = tensors.take(_BANK_NAME, bank_shape, FLOATS)
     check_finite(_BANK_NAME, bank_HB)
     parts = [_read_factor(tensors, spec, side, geometry) for spec, side in factor_order(specs)]
-    return CompactVBLoRA(
-        base_fingerprint=base.fingerprint,
-        modules=specs,
-        bank=Bank(bank_HB),
-        indices_NK=torch.cat([part.indices_NK for part in parts]).to(index_dtype(len(bank_HB))),
-        weights_NJ=_join_weights([part.weights_NJ for part in parts]),
-    )
+    # torch.cat takes the dtype that holds every part exactly
+    indices_NK = torch.cat([part.indices_NK for part in parts])
+    weights_NJ = torch.cat([part.weights_NJ for part in parts])
+    _check_indices(parts, indices_NK, geometry.num_vectors)
+    _check_weights(parts, weights_NJ)
+    indices_NK = indices_NK.to(index_dtype(geometry.num_vectors))
+    return CompactVBLoRA(base.fingerprint, specs, Bank(bank_HB), indices_NK, weights_NJ)
 
 
 def _read_geometry(files: PeftFiles) -> _Geometry:
@@ -106,14 +107,9 @@ def _read_modules(files: PeftFiles, geometry: _Geometry, base: BaseInfo) -> tupl
 
 
 def _expected_names(specs: Sequence[ModuleSpec]) -> set[str]:
+    names = [_logits_name(spec, side) for spec in specs for side in ("a", "b")]
     suffixes = ("", "_topk_indices", "_topk_weights")
-    names = {
-        _logits_name(spec, side) + suffix
-        for spec in specs
-        for side in ("a", "b")
-        for suffix in suffixes
-    }
-    return names | {_BANK_NAME}
+    return {_BANK_NAME}.union(name + suffix for name in names for suffix in suffixes)
 
 
 def _logits_name(spec: ModuleSpec, side: str) -> str:
@@ -131,64 +127,77 @@ def _read_factor(
     if name in tensors and has_topk:
         raise MalformedAdapterError(f"{name} is there twice: as full logits and as top-k")
     read = _read_topk if has_topk else _read_logits
-    part = read(tensors, name, shape, geometry)
+    indices, weights = read(tensors, name, shape, geometry)
     # PEFT keeps B's sub-vectors as (O, R); rank-major is what b_RO needs to be contiguous
     if side == "b":
-        part = _SubVectors(*(tensor.transpose(0, 1) for tensor in part))
-    return _SubVectors(*(tensor.flatten(0, 1) for tensor in part))
+        indices, weights = indices.transpose(0, 1), weights.transpose(0, 1)
+    return _SubVectors(name, indices.flatten(0, 1), weights.flatten(0, 1))
 
 
 def _read_logits(
     tensors: PeftTensors, name: str, shape: tuple[int, int], geometry: _Geometry
-) -> _SubVectors:
+) -> tuple[Tensor, Tensor]:
     """Source: `_get_low_rank_matrix`: topk, then softmax over the top-k logits alone."""
     logits = tensors.take(name, (*shape, geometry.num_vectors), FLOATS).float()
     top_logits, indices = logits.topk(geometry.topk, dim=-1)
     # -inf is how PEFT itself writes "not among the top k"; it must not be all there is
     if logits.isnan().any() or not torch.isfinite(top_logits[..., 0]).all():
         raise MalformedAdapterError(f"tensor {name} has values that are not finite")
-    return _SubVectors(indices, torch.softmax(top_logits, dim=-1)[..., :-1])
+    return indices, torch.softmax(top_logits, dim=-1)[..., :-1]
 
 
 def _read_topk(
     tensors: PeftTensors, name: str, shape: tuple[int, int], geometry: _Geometry
-) -> _SubVectors:
-    """Source: `_remap_adapter_state_dict_for_load`."""
-    indices_name, weights_name = f"{name}_topk_indices", f"{name}_topk_weights"
-    indices = tensors.take(indices_name, (*shape, geometry.topk), _INDEX_DTYPES).long()
-    weights = tensors.take(weights_name, (*shape, geometry.topk - 1), FLOATS)
-    _check_indices(indices_name, indices, geometry.num_vectors)
-    check_finite(weights_name, weights)
-    _check_weights(weights_name, weights)
-    return _SubVectors(indices, weights)
+) -> tuple[Tensor, Tensor]:
+    """Source: `_remap_adapter_state_dict_for_load`. Values are checked for all factors at once."""
+    indices = tensors.take(f"{name}_topk_indices", (*shape, geometry.topk), _INDEX_DTYPES)
+    weights = tensors.take(f"{name}_topk_weights", (*shape, geometry.topk - 1), FLOATS)
+    return indices, weights
 
 
-def _check_indices(name: str, indices: Tensor, num_vectors: int) -> None:
-    low, high = (int(bound) for bound in indices.aminmax())
-    if low < 0 or high >= num_vectors:
-        bad = low if low < 0 else high
+def _check_indices(parts: Sequence[_SubVectors], indices_NK: Tensor, num_vectors: int) -> None:
+    wide_NK = indices_NK.to(torch.int64)
+    outside_N = ((wide_NK < 0) | (wide_NK >= num_vectors)).any(-1)
+    if outside_N.any():
+        name, row = _first_bad(parts, outside_N)
         raise MalformedAdapterError(
-            f"tensor {name} has the index {bad}, must be in 0..{num_vectors - 1}"
+            f"tensor {name}_topk_indices has the index {_outside(wide_NK[row], num_vectors)}, must "
+            f"be in 0..{num_vectors - 1}"
         )
-    ordered = indices.sort(-1).values
-    if (ordered[..., 1:] == ordered[..., :-1]).any():
-        raise MalformedAdapterError(f"tensor {name} names a bank vector twice in one sub-vector")
-
-
-def _check_weights(name: str, weights: Tensor) -> None:
-    """The stored weights are a softmax without its last: none negative, sum at most 1."""
-    if not weights.numel():
-        return
-    tolerance = max(1e-5, torch.finfo(weights.dtype).eps)
-    largest = float(weights.float().sum(-1).max())
-    if float(weights.min()) < 0 or largest > 1 + tolerance:
+    ordered_NK = wide_NK.sort(-1).values
+    twice_N = (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(-1)
+    if twice_N.any():
+        name, row = _first_bad(parts, twice_N)
         raise MalformedAdapterError(
-            f"tensor {name} is no softmax: smallest weight {float(weights.min()):.6g}, largest sum "
-            f"{largest:.6g}"
+            f"tensor {name}_topk_indices names a bank vector twice in one sub-vector: "
+            f"{wide_NK[row].tolist()}"
         )
 
 
-def _join_weights(parts: Sequence[Tensor]) -> Tensor:
-    """(N, J) in the one dtype that holds every part exactly."""
-    dtype = reduce(torch.promote_types, {part.dtype for part in parts})
-    return torch.cat([part.to(dtype) for part in parts])
+def _outside(indices_K: Tensor, num_vectors: int) -> int:
+    return next(int(index) for index in indices_K if not 0 <= index < num_vectors)
+
+
+def _check_weights(parts: Sequence[_SubVectors], weights_NJ: Tensor) -> None:
+    """The stored weights are a softmax without its last: finite, none negative, sum at most 1."""
+    wide_NJ = weights_NJ.float()
+    infinite_N = ~torch.isfinite(wide_NJ).all(-1)
+    if infinite_N.any():
+        name, _ = _first_bad(parts, infinite_N)
+        raise MalformedAdapterError(f"tensor {name}_topk_weights has values that are not finite")
+    # parts may differ in dtype: what rounding may add to a sum is that of the coarsest
+    epsilon = max(torch.finfo(dtype).eps for dtype in {part.weights_NJ.dtype for part in parts})
+    bad_N = (wide_NJ < 0).any(-1) | (wide_NJ.sum(-1) > 1 + max(1e-5, epsilon))
+    if bad_N.any():
+        name, row = _first_bad(parts, bad_N)
+        raise MalformedAdapterError(
+            f"tensor {name}_topk_weights is no softmax: it has the weights {wide_NJ[row].tolist()} "
+            "and one that is 1 minus their sum"
+        )
+
+
+def _first_bad(parts: Sequence[_SubVectors], bad_N: Tensor) -> tuple[str, int]:
+    """The name of the factor with the first bad sub-vector, and that sub-vector's number."""
+    row = int(bad_N.nonzero()[0, 0])
+    ends = accumulate(len(part.indices_NK) for part in parts)
+    return next(part.name for part, end in zip(parts, ends, strict=True) if row < end), row

@@ -15,7 +15,7 @@ from adapters import AdapterError, MalformedAdapterError
 from adapters.compact import bank_from_bytes, blob_from_bytes
 from adapters.peft_adapter import compact_from_files
 from adapters.peft_files import PeftFiles
-from adapters.safetensors_bytes import parse_safetensors
+from adapters.safetensors_bytes import parse_safetensors, read_metadata
 from core.model_config import BaseInfo
 
 FUZZ = settings(
@@ -71,9 +71,10 @@ def test_a_complete_file_is_read() -> None:
         "b": entry("U8", [3, 0], 4, 4),
         "__metadata__": {"k": "v"},
     }
-    tensors, metadata = parse_safetensors(build(header, b"\x80\x3f\0\0"))
+    data = build(header, b"\x80\x3f\0\0")
+    tensors = parse_safetensors(data)
     assert tensors["a"].tolist() == [1, 0] and tensors["b"].shape == (3, 0)
-    assert metadata == {"k": "v"}
+    assert read_metadata(data) == {"k": "v"}
 
 
 @st.composite
@@ -103,7 +104,7 @@ def test_mutated_adapters(data: st.DataObject, vblora_dirs: list[Path], base: Ba
     config = json.loads((vblora_dirs[0] / "adapter_config.json").read_text())
     changed = data.draw(mutated(original))
     with suppress(AdapterError):
-        tensors, _ = parse_safetensors(changed)
+        tensors = parse_safetensors(changed)
         compact_from_files(PeftFiles(config, tensors, {}), base)
 
 
@@ -134,7 +135,7 @@ def test_mutated_configs(
 ) -> None:
     path = lora_dir if kind == "lora" else vblora_dirs[0]
     config = json.loads((path / "adapter_config.json").read_text())
-    tensors, _ = parse_safetensors((path / "adapter_model.safetensors").read_bytes())
+    tensors = parse_safetensors((path / "adapter_model.safetensors").read_bytes())
     keys = data.draw(st.lists(st.sampled_from(sorted(config)), min_size=1, max_size=3))
     changed = {**config, **{key: data.draw(JSON) for key in keys}}
     with suppress(AdapterError):
@@ -143,5 +144,5 @@ def test_mutated_configs(
 
 def _compact(path: Path, base: BaseInfo) -> Any:
     config = json.loads((path / "adapter_config.json").read_text())
-    tensors, _ = parse_safetensors((path / "adapter_model.safetensors").read_bytes())
+    tensors = parse_safetensors((path / "adapter_model.safetensors").read_bytes())
     return compact_from_files(PeftFiles(config, tensors, {}), base)
