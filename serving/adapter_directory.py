@@ -9,13 +9,14 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import httpx
 
-from adapters.records import AdapterRecord
-from adapters.store import AdapterStore
+if TYPE_CHECKING:  # a client of a server needs no torch
+    from adapters.records import AdapterRecord
+    from adapters.store import AdapterStore
 
 Row = Mapping[str, Any]
 """One adapter, as the server tells it; offline, the fields of `AdapterRecord`."""

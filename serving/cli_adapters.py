@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from serving.cli_errors import offline_errors, told_plainly
 from serving.settings import CLIENT_KEY_VARIABLE, CLIENT_URL_VARIABLE
 
 if TYPE_CHECKING:
@@ -98,13 +99,15 @@ def remove(adapter_id: str, **where: Any) -> None:
 def _opened(where: dict[str, Any]) -> Iterator[AdapterDirectory]:
     """The server's adapters or the store's; errors are told in a line."""
     from serving.adapter_directory import ServerError, http_directory
-    from serving.cli_errors import told_plainly
 
-    with told_plainly(ServerError):
-        if where["store"] is None:
-            with http_directory(where["url"], where["api_key"]) as directory:
-                yield directory
-        else:
+    if where["store"] is None:
+        with (
+            told_plainly(ServerError),
+            http_directory(where["url"], where["api_key"]) as directory,
+        ):
+            yield directory
+    else:
+        with told_plainly(*offline_errors()):
             yield _offline(where["store"], where["model"])
 
 

@@ -7,19 +7,21 @@ from collections.abc import Iterator
 
 import click
 
-from adapters.errors import AdapterError
-from core.errors import CoreError
-from serving.default_base import DefaultBaseError
-from serving.settings import SettingsError
-
 
 @contextlib.contextmanager
-def told_plainly(*more: type[Exception]) -> Iterator[None]:
-    """Turn our own errors, and those of `more`, into click's: message on stderr, exit status 1."""
-    expected: tuple[type[Exception], ...] = (AdapterError, CoreError, DefaultBaseError, *more)
+def told_plainly(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into click's: the message on stderr, exit status 1."""
     try:
         yield
-    except SettingsError as error:
-        raise click.UsageError(str(error)) from None
-    except expected as error:
+    except kinds as error:
         raise click.ClickException(str(error)) from None
+
+
+def offline_errors() -> tuple[type[Exception], ...]:
+    """What reading a base or an adapter in this process may raise. Imports torch, as that does."""
+    from adapters.errors import AdapterError
+    from core.errors import CoreError
+    from serving.default_base import DefaultBaseError
+    from serving.settings import SettingsError
+
+    return (AdapterError, CoreError, DefaultBaseError, SettingsError)

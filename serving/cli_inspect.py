@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from serving.cli_errors import offline_errors, told_plainly
+
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
@@ -22,10 +24,9 @@ def inspect(directory: Path, model: Path | None) -> None:
     from adapters.peft_adapter import read_peft_adapter
     from core.model_config import read_base_info
     from serving.adapter_report import adapter_report
-    from serving.cli_errors import told_plainly
     from serving.default_base import ensure_default_base
 
-    with told_plainly():
+    with told_plainly(*offline_errors()):
         base = read_base_info(model or ensure_default_base(progress=click.echo))
         adapter = read_peft_adapter(directory, base)
     Console().print(adapter_report(directory, adapter, base.config))

@@ -11,7 +11,15 @@ from pydantic import ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from serving.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings, load_settings
+from serving.cli_errors import offline_errors, told_plainly
+from serving.launch_checks import LaunchError, check_port_is_free
+from serving.settings import (
+    CONFIG_VARIABLE,
+    ENV_PREFIX,
+    Settings,
+    SettingsError,
+    load_settings,
+)
 
 GROUPS = {
     "What is served": ("model", "model_name", "adapters", "preload"),
@@ -118,15 +126,18 @@ def serve(config_file: Path | None, **given: Any) -> None:
     Without options: SmolLM2-135M-Instruct and its demo adapters on http://127.0.0.1:8000. The first
     start fetches and converts the base.
     """
-    from rich.console import Console  # the heavy imports wait until --help has been answered
-
-    from serving.cli_errors import told_plainly
-
     flags = {name: value for name, value in given.items() if value is not None}
-    console = Console()
-    with told_plainly():
+    try:
         settings = load_settings(flags, config_file)
-    with console.status("loading"):
-        from serving.launch import LaunchError, serve_forever
+    except SettingsError as error:
+        raise click.UsageError(str(error)) from None
     with told_plainly(LaunchError):
+        check_port_is_free(settings.host, settings.port)
+
+    from rich.console import Console  # the heavy imports wait until all that is light is right
+
+    console = Console()
+    with console.status("loading"):
+        from serving.launch import serve_forever
+    with told_plainly(LaunchError, *offline_errors()):
         serve_forever(settings, console)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,16 +22,13 @@ from adapters.store import AdapterStore
 from core.model_config import BaseInfo, read_base_info
 from serving.cluster import existing_cluster, private_cluster
 from serving.default_base import BASE_NAME, ensure_default_base
+from serving.launch_checks import LaunchError
 from serving.launch_messages import Stages, ready_message, server_url
 from serving.settings import Settings
 from serving.stores import open_store, preload_adapters, preload_directory, served_ids
 
 _READY_SECONDS = 120.0
 _POLL_SECONDS = 0.1
-
-
-class LaunchError(Exception):
-    """The server cannot start; the message says why and what would help."""
 
 
 class NamedBase(NamedTuple):
@@ -49,7 +45,6 @@ def serve_forever(settings: Settings, console: Console) -> None:
     """
     stages = Stages(console)
     with _interruptible(), contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as server:
-        check_port_is_free(settings.host, settings.port)
         base = _find_base(settings, stages)
         store = _open_store(settings, base, stages)
         with stages.stage("Ray"):
@@ -62,22 +57,6 @@ def serve_forever(settings: Settings, console: Console) -> None:
         finally:
             with stages.stage("stopped"):
                 server.close()
-
-
-def check_port_is_free(host: str, port: int) -> None:
-    """Raise LaunchError unless a server could listen on `host` and `port` now."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise LaunchError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; "
-            "choose another with --port or --host"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,6 +51,18 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         assert command.summary in done.stdout
 
 
+def test_a_client_of_a_server_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from serving.cli import main\n"
+        "CliRunner().invoke(main, ['adapters', 'list', '--url', 'http://127.0.0.1:9'])\n"
+        "heavy = {'torch', 'ray', 'transformers', 'fastapi'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(run: Run, name: str) -> None:
     result = run(name, "--help")
@@ -89,6 +102,14 @@ def test_serve_refuses_bad_settings_before_anything_starts(
     result = run("serve", *options)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_serve_refuses_a_port_in_use_before_anything_heavy(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("serve", "--port", str(port))
+    assert result.exit_code == 1
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in result.output
 
 
 def test_inspect_compares_with_lora(run: Run, tiny_model: Path, peft_adapters: Path) -> None:
