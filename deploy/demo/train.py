@@ -44,10 +44,10 @@ class Recipe:
 
 
 RECIPES = {
-    "json-extract": Recipe(),
-    "text-to-sql": Recipe(num_steps=80),
-    "formal": Recipe(num_steps=60),
-    "classify": Recipe(num_steps=90),
+    "json-extract": Recipe(num_steps=80),
+    "text-to-sql": Recipe(num_steps=100, batch_size=4),
+    "formal": Recipe(num_steps=120, batch_size=4),
+    "classify": Recipe(num_steps=120, batch_size=4),
 }
 """What the committed adapters were trained with."""
 
