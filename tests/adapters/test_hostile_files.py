@@ -19,7 +19,7 @@ from adapters.safetensors_bytes import parse_safetensors, read_metadata
 from core.model_config import BaseInfo
 
 FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -46,7 +46,7 @@ def test_what_was_acknowledged_survives_kill_9(
     processes: ForkServerContext, store: AdapterStore, base: BaseInfo
 ) -> None:
     rng = random.Random(20260)
-    for attempt in range(6):
+    for attempt in range(4):
         acknowledged = run_until_killed(processes, store, base, f"p{attempt}", rng.uniform(0, 0.15))
         reopened = AdapterStore.open(store.root, base)
         for adapter_id, digest in acknowledged:
