@@ -11,15 +11,15 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapters.errors import InvalidAdapterIdError
 from adapters.records import AdapterRecord
-from adapters.store import AddResult
 from serving.auth import admin_guard, inference_guard
 from serving.bodies import media_type, read_json
 from serving.errors import ApiError
 from serving.models import resolve_adapter, served_records
+from serving.openapi import upload_or_json_body
 from serving.routes_models import json_response
 from serving.schemas import AdapterSource
 from serving.services import Services
-from serving.uploads import receive_upload
+from serving.uploads import FILES_FIELD, receive_upload
 
 _MAX_CONCURRENT_ADDS = 2  # each holds a whole adapter in memory
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -31,36 +31,21 @@ def adapters_router(services: Services) -> APIRouter:
     access = services.access
     admin = [Depends(admin_guard(access))]
     reader = [Depends(inference_guard(access))]
-    adding = asyncio.Semaphore(_MAX_CONCURRENT_ADDS)
+    registrar = _Registrar(services)
 
-    async def register(
-        adapter_id: str, directory: Path, replace: bool, allowed_root: Path | None
-    ) -> Response:
-        if adapter_id == services.base_name:
-            raise InvalidAdapterIdError(f"{adapter_id!r} is the name of the base")
-        async with adding:
-            result: AddResult = await asyncio.to_thread(
-                services.store.add,
-                adapter_id,
-                directory,
-                replace=replace,
-                allowed_root=allowed_root,
-            )
-        await services.engines.prepare_adapter(result.record.digest)
-        return json_response(
-            adapter_object(services, result.record), 201 if result.created else 200
-        )
+    described = upload_or_json_body(FILES_FIELD, AdapterSource)
 
-    @router.post("/v1/adapters", dependencies=admin, status_code=201)
+    @router.post("/v1/adapters", dependencies=admin, status_code=201, openapi_extra=described)
     async def add_adapter(request: Request) -> Response:
         if media_type(request) != "multipart/form-data":
             body = await read_json(request, AdapterSource, access.max_body_bytes)
             root = _allowed_root(access.allowed_source_root)
-            return await register(body.id, _under(root, body.source), body.replace, root)
+            directory = _under(root, body.source)
+            return await registrar.register(body.id, directory, body.replace, root)
         with tempfile.TemporaryDirectory(prefix="vbserve-", dir=access.spool_directory) as spool:
             fields = await receive_upload(request, Path(spool), access.max_upload_bytes)
             adapter_id, replace = _upload_fields(fields)
-            return await register(adapter_id, Path(spool), replace, None)
+            return await registrar.register(adapter_id, Path(spool), replace, None)
 
     @router.get("/v1/adapters", dependencies=reader)
     async def list_adapters() -> Response:
@@ -81,6 +66,32 @@ def adapters_router(services: Services) -> APIRouter:
         )
 
     return router
+
+
+class _Registrar:
+    """Adds adapters to the store, few at a time, and tells the engines."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._adding = asyncio.Semaphore(_MAX_CONCURRENT_ADDS)
+
+    async def register(
+        self, adapter_id: str, directory: Path, replace: bool, allowed_root: Path | None
+    ) -> Response:
+        """201, or 200 where the same content was there under this id already."""
+        services = self._services
+        if adapter_id == services.base_name:
+            raise InvalidAdapterIdError(f"{adapter_id!r} is the name of the base")
+        async with self._adding:
+            record, created = await asyncio.to_thread(
+                services.store.add,
+                adapter_id,
+                directory,
+                replace=replace,
+                allowed_root=allowed_root,
+            )
+        await services.engines.prepare_adapter(record.digest)
+        return json_response(adapter_object(services, record), 201 if created else 200)
 
 
 def adapter_object(services: Services, record: AdapterRecord) -> dict[str, Any]:

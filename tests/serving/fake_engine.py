@@ -100,9 +100,15 @@ class FakeEngine:
                 logprobs=tuple(self._logprobs(request, step)),
                 prompt_logprobs=self._prompt_logprobs(request) if number == 0 else None,
                 finish_reason=reason if number == len(steps) - 1 else None,
-                num_cached_tokens=2,
+                num_cached_tokens=self._num_cached(request),
                 timings=RequestTimings(1.0, 1.5, 2.0) if number == 0 else None,
             )
+
+    def _num_cached(self, request: GenerationRequest) -> int:
+        """Of a prompt that came before, one token more each time."""
+        prompts = [other.prompt_token_ids for other in self.requests]
+        earlier = prompts[: self.requests.index(request)]
+        return 2 + earlier.count(request.prompt_token_ids)
 
     def _tokens(self, request: GenerationRequest) -> list[int]:
         """The script, as often as it takes where it does not end with a stop token."""

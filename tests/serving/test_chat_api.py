@@ -95,8 +95,9 @@ async def test_logprobs_say_token_bytes_and_alternatives(client, tokenizer):
     assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
-async def test_a_stream_begins_with_the_role_and_joins_to_the_answer(client):
+async def test_a_stream_begins_with_the_role_and_joins_to_the_answer(client, engine):
     whole = await chat(client, n=2, logprobs=True)
+    engine.requests.clear()
     chunks = await stream(client, n=2, logprobs=True, stream_options={"include_usage": True})
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"] == whole["usage"]

@@ -127,6 +127,12 @@ async def test_prompts_in_all_four_forms(client, engine, tokenizer, num_choices)
         assert answer["usage"]["prompt_tokens"] == sum(map(len, expected))
 
 
+async def test_cached_tokens_are_those_before_the_request(client):
+    """What the second choice of a prompt finds was computed for the first."""
+    usage = (await complete(client, prompt=["Hello", "The"], n=3))["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2 + 2}
+
+
 async def test_choices_of_one_prompt_differ_in_their_seed(client, engine, tokenizer):
     engine.script = lambda request: tokenizer.encode(f" {request.sampling.seed}")
     answer = await complete(client, prompt=["Hello", "The"], n=2, seed=5, max_tokens=2)
@@ -150,8 +156,9 @@ async def test_a_stream_joins_to_the_whole_answer(client, engine):
     assert last == dict.fromkeys(range(4), "stop")
 
 
-async def test_a_stream_ends_with_its_usage_where_asked(client):
+async def test_a_stream_ends_with_its_usage_where_asked(client, engine):
     whole = await complete(client)
+    engine.requests.clear()
     chunks = await stream(client, stream_options={"include_usage": True})
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1]["choices"] == []

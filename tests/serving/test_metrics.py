@@ -271,3 +271,15 @@ async def test_health_and_readiness(client, engine):
     engine.is_ready = False
     assert (await client.get("/healthz")).status_code == 200
     assert (await client.get("/readyz")).status_code == 503
+
+
+async def test_openapi_describes_the_bodies_that_routes_read_themselves(client):
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    for path, kind, field in [
+        ("/v1/completions", "application/json", "return_token_ids"),
+        ("/v1/chat/completions", "application/json", "messages"),
+        ("/v1/adapters", "multipart/form-data", "files"),
+        ("/v1/adapters", "application/json", "source"),
+    ]:
+        content = paths[path]["post"]["requestBody"]["content"]
+        assert field in content[kind]["schema"]["properties"]
