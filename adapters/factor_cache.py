@@ -18,6 +18,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import Executor
 
 import torch
 
@@ -66,6 +67,7 @@ class FactorCache:
     compact_budget_bytes  for compact forms kept in memory, banks counted once
     num_threads           flights at a time
     on_ready              called on a background thread after each flight, whatever its outcome
+    executor              runs the flights instead of `num_threads` threads; `close` shuts it down
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class FactorCache:
         on_ready: Callable[[], None] | None = None,
         claim_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        executor: Executor | None = None,
     ) -> None:
         for name, value in (("budget_bytes", budget_bytes), ("num_threads", num_threads)):
             if value < 1:
@@ -91,7 +94,7 @@ class FactorCache:
         self._on_ready = on_ready
         self._claim_seconds = claim_seconds
         self._clock = clock
-        self._pool = single_core_pool(num_threads, "factor-cache")
+        self._executor = executor or single_core_pool(num_threads, "factor-cache")
         self._lock = threading.Lock()  # guards all below; held for dictionary work only
         self._closed = False
         self._entries = FactorEntries(budget_bytes)
@@ -160,7 +163,7 @@ class FactorCache:
         """Give up waiting flights, wait for those under way. Leases stay valid."""
         with self._lock:
             self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             self._flights.clear()
 
@@ -187,7 +190,7 @@ class FactorCache:
             self._flights[digest] = claim
             self._failures.pop(digest, None)
             self._counters.misses += 1
-            self._pool.submit(self._fly, digest)
+            self._executor.submit(self._fly, digest)
 
     def _fly(self, digest: str) -> None:
         """One flight, on a background thread."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -354,8 +357,23 @@ def test_many_threads_at_once(fake: FakeStore) -> None:
         assert cache.stats.used_bytes <= 2 * FACTOR_BYTES
 
 
+class ManualExecutor(Executor):
+    """Runs a submitted call when told to, in the caller's thread: every order can be tried."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], object]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.waiting.append(partial(fn, *args, **kwargs))
+        return Future()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        assert wait and cancel_futures
+        self.waiting.clear()
+
+
 class CacheMachine(RuleBasedStateMachine):
-    """Random calls; the model is the list of open leases and the set of broken digests."""
+    """Random calls; the model is the list of open leases and the digests that are in flight."""
 
     model_config: ModelConfig
 
@@ -363,15 +381,16 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.fake = FakeStore(self.model_config, 5)
         self.now = 0.0
+        self.executor = ManualExecutor()
         self.cache = FactorCache(
             self.fake.load,
             budget_bytes=2 * FACTOR_BYTES,
             compact_budget_bytes=3 * FACTOR_BYTES,
             claim_seconds=3.0,
             clock=lambda: self.now,
+            executor=self.executor,
         )
         self.leases: list[tuple[int, FactorLease]] = []
-        self.asked: set[int] = set()
 
     adapters = st.integers(0, 4)
 
@@ -414,14 +433,20 @@ class CacheMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule()
-    def flights_land(self) -> None:
-        wait_for(lambda: not self.cache._flights)
+    @precondition(lambda self: self.executor.waiting)
+    @rule(data=st.data())
+    def a_flight_lands(self, data: st.DataObject) -> None:
+        at = data.draw(st.integers(0, len(self.executor.waiting) - 1))
+        self.executor.waiting.pop(at)()
 
     @invariant()
     def integrity(self) -> None:
         self.cache.check_integrity()
-        assert self.cache.stats.num_leases == len(self.leases)
+        stats = self.cache.stats
+        assert stats.num_leases == len(self.leases)
+        assert stats.misses == stats.num_rebuilds + stats.failures + len(self.executor.waiting)
+        in_flight = [call.args[0] for call in self.executor.waiting]  # type: ignore[attr-defined]
+        assert len(set(in_flight)) == len(in_flight), "two flights for one digest"
 
     def teardown(self) -> None:
         for _, lease in self.leases:
