@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ APP_NAME = "vbserve"
 ENGINE_NAME = "engine"
 INGRESS_NAME = "ingress"
 
-_STOP_SECONDS = 5.0
+_STOP_SECONDS = 5.0  # for requests that run when the server stops
+_GIVE_UP_SECONDS = 20.0
 _STOP_POLL_SECONDS = 0.2
 _HEALTH_PERIOD_SECONDS = 2.0
 _EXTRA_CALLS = 64  # broadcasts and health checks come on top of requests
@@ -47,9 +49,16 @@ def deployed(settings: Settings, base_name: str, base: BaseInfo) -> Iterator[Non
         serve.run(_application(settings, base_name, base), name=APP_NAME, route_prefix="/")
         yield
     finally:
-        serve.delete(APP_NAME)  # lets running requests end, for _STOP_SECONDS at most
+        _within(_GIVE_UP_SECONDS, serve.delete, APP_NAME)  # lets running requests end
         if settings.ray_address is not None and not was_running:
-            serve.shutdown()  # what a private cluster runs ends with it
+            _within(_GIVE_UP_SECONDS, serve.shutdown)  # a private cluster ends as a whole
+
+
+def _within(seconds: float, call: Callable[..., None], *args: object) -> None:
+    """Wait for a call, but not for ever: the cluster may be dead already."""
+    thread = threading.Thread(target=call, args=args, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _application(settings: Settings, base_name: str, base: BaseInfo) -> serve.Application:

@@ -62,8 +62,9 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
-    def kill_launcher(self) -> None:
-        self._process.kill()
+    def terminate(self) -> None:
+        """SIGTERM to the launcher alone, as `kill` and process managers do."""
+        self._process.terminate()
 
     def wait(self, seconds: float = STOP_SECONDS) -> int:
         """The launcher's exit status."""

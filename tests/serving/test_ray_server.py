@@ -234,13 +234,12 @@ async def test_a_killed_engine_fails_its_own_requests_and_comes_back(
     begun = time.monotonic()
     tasks = [*(stream.task for stream in streams), *whole]
     await asyncio.wait(tasks, timeout=10, return_when=asyncio.FIRST_EXCEPTION)
-    await asyncio.sleep(1)
     assert time.monotonic() - begun < 10
+    await asyncio.sleep(1)  # for the others that it ran
     failed = [task.exception() for task in tasks if task.done()]
     running = [stream for stream in streams if not stream.task.done()]
     assert failed
-    assert all(isinstance(error, openai.APIError) for error in failed), failed
-    assert all("engine replica" in str(error) for error in failed), failed
+    assert {getattr(error, "code", None) for error in failed} == {"engine_unavailable"}, failed
     assert running, "the other engine's streams go on"
     for stream in running:
         assert stream.tokens[:NUM_TOKENS] == expected["a3"]
@@ -285,7 +284,7 @@ def test_kill_9_of_everything_loses_no_adapter(
             }
             answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
             assert answer["choices"][0]["token_ids"] == expected[name]
-        server.signal(signal.SIGTERM)
+        server.terminate()
         assert server.wait() == 0
         assert server.processes() == {}
 
