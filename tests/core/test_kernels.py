@@ -1,0 +1,181 @@
+"""Each compiled kernel against its slow twin in torch, and what happens without a compiler."""
+
+import ctypes
+import logging
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_tiny_llama
+from torch import Tensor
+
+from core.attention import KVStorage
+from core.batch import DecodeRows
+from core.engine_config import EngineConfig
+from core.kernels import build
+from core.kernels.cpu_ops import CpuOps
+from core.loading import load_engine
+from core.model_config import ModelConfig, read_model_config
+from core.ops import TorchOps
+
+CPU = torch.device("cpu")
+SHAPES = {  # heads, key heads, head_dim
+    "grouped": (4, 2, 16),
+    "one_key_head": (6, 1, 10),
+    "each_its_own": (3, 3, 64),
+}
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    loaded = build.load_library()
+    if loaded is None:
+        pytest.skip("no C compiler here")
+    return loaded
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def config(request: pytest.FixtureRequest, tmp_path_factory) -> ModelConfig:
+    num_heads, num_kv_heads, head_dim = SHAPES[request.param]
+    path = write_tiny_llama(
+        tmp_path_factory.mktemp("kernels") / "m",
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        hidden_size=48,
+        rms_norm_eps=1e-4,
+    )
+    return read_model_config(path)
+
+
+@pytest.fixture
+def twins(config: ModelConfig, library: ctypes.CDLL) -> tuple[CpuOps, TorchOps]:
+    return CpuOps(config, library), TorchOps(config, CPU, torch.float32)
+
+
+def noise(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def assert_near(own: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
+    assert own.shape == expected.shape
+    assert torch.isfinite(expected).all()
+    bound = relative * expected.abs().max().clamp(min=1e-30)
+    assert (own - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 33])
+@pytest.mark.parametrize("spread", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_rms_norm(num_rows: int, spread: float, with_delta: bool, twins) -> None:
+    weight_H = noise(48, seed=1)
+    delta_TH = noise(num_rows, 48, seed=2, spread=spread) if with_delta else None
+    x_TH = noise(num_rows, 48, spread=spread)
+    outs, sums = [], []
+    for ops in twins:
+        summed_TH = x_TH.clone()
+        outs.append(ops.rms_norm(summed_TH, weight_H, delta_TH))
+        sums.append(summed_TH)
+    assert_near(*outs)
+    assert torch.equal(*sums)
+    assert with_delta or torch.equal(sums[0], x_TH)
+
+
+@pytest.mark.parametrize("width", [1, 7, 96])
+def test_silu_mul(width: int, twins) -> None:
+    """From deep in the tail to far beyond where exp overflows."""
+    for seed, spread in enumerate((0.1, 3.0, 50.0, 1e4)):
+        x = noise(9, 2 * width, seed=seed, spread=spread)
+        x[0] = 0.0
+        x[1, :width], x[2, :width] = 1e30, -1e30
+        x[1:3, width:] = 2.0
+        assert_near(*(ops.silu_mul(x.clone())[3:] for ops in twins))
+        assert_near(*(ops.silu_mul(x.clone())[:3] for ops in twins))
+        assert_near(*(ops.silu_mul(x.clone())[2] + 1 for ops in twins))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_rotate_and_store(num_rows: int, config: ModelConfig, twins) -> None:
+    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    qkv_TO = noise(num_rows, width)
+    angles = noise(num_rows, config.head_dim // 2, seed=3).repeat(1, 2)
+    cos_sin = 1.3 * angles.cos(), 1.3 * angles.sin()
+    slot_T = torch.randperm(64, generator=torch.Generator().manual_seed(4))[:num_rows]
+    found = []
+    for ops in twins:
+        kv = KVStorage(config, 16, 4, CPU, torch.float32)
+        query = ops.rotate_and_store(qkv_TO.clone(), cos_sin, kv, 1, slot_T)
+        found.append((query, kv.keys[1].clone(), kv.values[1].clone()))
+        assert not kv.keys[0].any(), "another layer was written"
+    for own, expected in zip(*found, strict=True):
+        assert_near(own, expected)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("lengths", [[1], [16], [17, 1, 40], [5] * 9, [64, 3]], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_decode_attention(
+    page_size: int, lengths: list[int], spread: float, config: ModelConfig, twins
+) -> None:
+    """Ragged lengths over scattered pages; large scores leave one key all the weight."""
+    generator = torch.Generator().manual_seed(len(lengths))
+    num_pages = [-(-length // page_size) for length in lengths]
+    order = torch.randperm(sum(num_pages), generator=generator).tolist()
+    page_SP = torch.empty(len(lengths), max(num_pages), dtype=torch.int64)
+    for row, count in enumerate(num_pages):
+        own, order = order[:count], order[count:]
+        page_SP[row] = own[0]
+        page_SP[row, :count] = torch.tensor(own)
+    kv = KVStorage(config, sum(num_pages), page_size, CPU, torch.float32)
+    kv.keys[1].copy_(noise(*kv.keys[1].shape, seed=5, spread=spread))
+    kv.values[1].copy_(noise(*kv.values[1].shape, seed=6))
+    length_S = torch.tensor(lengths)
+    visible_SL = torch.arange(page_SP.shape[1] * page_size) < length_S[:, None]
+    rows = DecodeRows(page_SP, length_S, visible_SL)
+    # The engine passes the query heads as a view of a wider tensor.
+    wide = noise(len(lengths), config.num_heads + 3, config.head_dim, seed=7)
+    query_SND = wide[:, : config.num_heads]
+    assert_near(*(ops.decode_attention(query_SND, kv, 1, rows) for ops in twins), relative=3e-5)
+
+
+def test_an_engine_without_compiled_kernels_uses_torch(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.load_library(tmp_path / "cache") is None
+    engine = load_engine(tiny_path, EngineConfig(device="cpu", kv_cache_bytes=1 << 16))
+    assert isinstance(engine.model.ops, TorchOps)
+
+
+def test_a_compiler_that_fails_is_a_warning_with_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "bin" / "cc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho no omp.h >&2\nexit 1\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    with caplog.at_level(logging.WARNING):
+        assert build.load_library(tmp_path / "cache") is None
+    assert "no omp.h" in caplog.text
+    assert list((tmp_path / "cache").rglob("*.so")) == []
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, library) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert build.load_library(file) is None
+
+
+def test_the_library_is_compiled_once(tmp_path: Path, library, monkeypatch) -> None:
+    assert build.load_library(tmp_path) is not None
+    (built,) = tmp_path.rglob("*.so")
+    before = built.stat().st_mtime_ns
+    assert build.load_library(tmp_path) is not None
+    assert built.stat().st_mtime_ns == before
+
+
+def test_half_precision_and_compiled_kernels_do_not_meet(tiny_path: Path) -> None:
+    config = EngineConfig(device="cpu", dtype="bfloat16", kv_cache_bytes=1 << 16)
+    assert isinstance(load_engine(tiny_path, config).model.ops, TorchOps)
