@@ -74,13 +74,15 @@ def _check(
 class GenerationRequest:
     """One sequence to complete. `adapter_digest` None is the base itself.
 
-    The digest is pinned here: whatever happens to names meanwhile, these weights serve it.
+    The digest is pinned here: whatever happens to names meanwhile, these weights serve it. `model`
+    is what the caller calls them, for the caller's own logs and metrics; the engine never reads it.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     adapter_digest: str | None = None
+    model: str | None = None
 
 
 class FinishReason(StrEnum):

@@ -54,6 +54,7 @@ def plan_chat(
                     prompt_logprobs=None,
                 ),
                 digest,
+                body.model,
             ),
             body.stop,
             body.include_stop_str_in_output,

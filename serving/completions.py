@@ -48,7 +48,9 @@ def plan_completion(
     return [
         ChoicePlan(
             index,
-            GenerationRequest(f"{request_id}-{index}", prompt.token_ids, sampling, digest),
+            GenerationRequest(
+                f"{request_id}-{index}", prompt.token_ids, sampling, digest, body.model
+            ),
             body.stop,
             body.include_stop_str_in_output,
             body.skip_special_tokens,

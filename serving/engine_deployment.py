@@ -17,7 +17,6 @@ from pathlib import Path
 from ray import serve
 
 from adapters.factor_cache import FactorCache
-from adapters.store import AdapterStore
 from core.engine_config import EngineConfig
 from core.engine_thread import EngineThread
 from core.errors import CoreError
@@ -51,16 +50,15 @@ class EngineReplica:
         self._sender = TokenSender(self._process)
         config = engine_config(settings)
         device, dtype = resolve_placement(config)
-        self._store = open_store(settings, base_name, read_base_info(model))
+        store = open_store(settings, base_name, read_base_info(model))
         self._cache = FactorCache(
-            self._store.load,
+            store.load,
             budget_bytes=settings.factor_cache_bytes,
             compact_budget_bytes=settings.compact_cache_bytes,
             device=device,
             dtype=dtype,
         )
-        self._names = AdapterNames(self._store, settings.adapter_label_cap)
-        labels = AdapterLabels(base_name, settings.adapter_label_cap, self._names.name)
+        labels = AdapterLabels(base_name, settings.adapter_label_cap)
         self._metrics = EngineMetrics(labels, self._state)
         self._thread = EngineThread(load_engine(model, config, self._cache), self._on_step)
         self._cache.set_on_ready(self._thread.wake)
@@ -70,7 +68,6 @@ class EngineReplica:
         """Run one GenerateCall to its end; returns a GenerateResult. Cancelling it aborts."""
         call = decode_call(data)
         request = call.request
-        await self._names.learn(request.adapter_digest)
         running = _Running(self._loop.create_future())
         self._running[request.request_id] = running
         self._sender.open(request.request_id, call.reply_to)
@@ -175,31 +172,6 @@ class EngineReplica:
             num_rebuilds=cache.num_rebuilds,
             rebuild_seconds=cache.rebuild_seconds,
         )
-
-
-class AdapterNames:
-    """Names of digests for metric labels, looked up off the event loop, `cap` of them at most.
-
-    A digest with several names, or whose name is gone, is labelled by one of them or by itself.
-    """
-
-    def __init__(self, store: AdapterStore, cap: int) -> None:
-        self._store = store
-        self._cap = cap
-        self._names: dict[str, str] = {}
-
-    async def learn(self, digest: str | None) -> None:
-        """Look up a digest that is new, before it is asked for."""
-        if digest is not None and digest not in self._names and len(self._names) < self._cap:
-            self._names[digest] = await asyncio.to_thread(self._find, digest)
-
-    def name(self, digest: str) -> str:
-        """The name, or the digest's beginning."""
-        return self._names.get(digest, digest[:12])
-
-    def _find(self, digest: str) -> str:
-        ids = (record.id for record in self._store.records() if record.digest == digest)
-        return next(ids, digest[:12])
 
 
 def engine_config(settings: Settings) -> EngineConfig:

@@ -29,17 +29,20 @@ _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 
 
 class AdapterLabels:
-    """The metrics' `adapter` label: the first `cap` adapters by name, later ones as "other"."""
+    """The metrics' `adapter` label: the first `cap` adapters by name, later ones as "other".
 
-    def __init__(self, base_name: str, cap: int, name_of: Callable[[str], str]) -> None:
+    An adapter keeps the name under which it was first asked for.
+    """
+
+    def __init__(self, base_name: str, cap: int) -> None:
         self._labels: dict[str | None, str] = {None: base_name}
         self._cap = cap + 1
-        self._name_of = name_of
 
-    def label(self, digest: str | None) -> str:
-        """The label of an adapter's requests; None is the base."""
-        if digest not in self._labels and len(self._labels) < self._cap and digest is not None:
-            self._labels[digest] = self._name_of(digest)
+    def label(self, request: GenerationRequest) -> str:
+        """The label of a request's adapter, or of the base."""
+        digest = request.adapter_digest
+        if digest is not None and digest not in self._labels and len(self._labels) < self._cap:
+            self._labels[digest] = request.model or digest[:12]
         return self._labels.get(digest, OTHER_ADAPTERS)
 
 
@@ -102,7 +105,7 @@ class RequestMetrics:
 
     def submitted(self, request: GenerationRequest) -> None:
         """Call before the engine gets the request."""
-        label = self._labels.label(request.adapter_digest)
+        label = self._labels.label(request)
         self._live[request.request_id] = _Live(label, len(request.prompt_token_ids))
 
     def rejected(self, request: GenerationRequest) -> None:

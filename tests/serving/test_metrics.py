@@ -60,12 +60,13 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def metrics(registry: CollectorRegistry, clock: Clock) -> RequestMetrics:
-    labels = AdapterLabels("base", 2, name_of=lambda digest: f"name-of-{digest}")
+    labels = AdapterLabels("base", 2)
     return RequestMetrics(registry, labels, clock)
 
 
 def request(name: str, digest: str | None = None) -> GenerationRequest:
-    return GenerationRequest(name, (1, 2, 3), adapter_digest=digest)
+    model = None if digest is None else f"name-of-{digest}"
+    return GenerationRequest(name, (1, 2, 3), adapter_digest=digest, model=model)
 
 
 def test_a_request_from_arrival_to_end(metrics, registry, clock):
@@ -118,21 +119,27 @@ def test_what_has_ended_is_forgotten(metrics):
 
 
 def test_labels_are_capped():
-    labels = AdapterLabels("base", 2, name_of=str.upper)
-    found = [labels.label(digest) for digest in ("a", "b", "c", "a", "d")]
-    assert found == ["A", "B", "other", "A", "other"]
-    assert labels.label(None) == "base"
+    labels = AdapterLabels("base", 2)
+    found = [labels.label(request("r", digest)) for digest in ("a", "b", "c", "a", "d")]
+    assert found == ["name-of-a", "name-of-b", "other", "name-of-a", "other"]
+    assert labels.label(request("r")) == "base"
+
+
+def test_an_adapter_of_two_names_keeps_its_first():
+    labels = AdapterLabels("base", 2)
+    asked = [GenerationRequest("r", (1,), adapter_digest="d", model=name) for name in ("x", "y")]
+    assert [labels.label(one) for one in asked] == ["x", "x"]
 
 
 def test_a_cap_of_nothing_leaves_the_base_its_label():
-    labels = AdapterLabels("base", 0, name_of=str.upper)
-    assert [labels.label(digest) for digest in (None, "a")] == ["base", "other"]
+    labels = AdapterLabels("base", 0)
+    assert [labels.label(request("r", digest)) for digest in (None, "a")] == ["base", "other"]
 
 
 def full_page(name: str) -> str:
     """An engine's and an ingress's page with every family in use."""
     state = EngineState(*range(1, 17), 0.25)
-    engine = EngineMetrics(AdapterLabels("base", 2, str), lambda: state)
+    engine = EngineMetrics(AdapterLabels("base", 2), lambda: state)
     engine.requests.submitted(request("r"))
     timings = RequestTimings(90.0, 94.0, 100.0, finished=102.0)
     for output in (
@@ -233,7 +240,7 @@ def test_promtool_finds_nothing():
 
 
 async def test_the_route_joins_all_pages_and_counts_answers(client, engine, services):
-    state = EngineMetrics(AdapterLabels(BASE, 2, str), EngineState)
+    state = EngineMetrics(AdapterLabels(BASE, 2), EngineState)
     engine.pages = {"engine-0": state.page(), "engine-1": state.page()}
     await client.post("/v1/completions", json={"model": BASE, "prompt": "Hello"})
     await client.post("/v1/completions", json={"model": "nobody", "prompt": "Hello"})
