@@ -186,7 +186,7 @@ def _make_formal(rng: random.Random, split: Split) -> Example:
 
 def _make_classify(rng: random.Random, split: Split) -> Example:
     topic, pressure = rng.choice(list(TICKETS)), rng.choice(list(PRESSURES))
-    complaint = rng.choice(part(TICKETS[topic], split)).format(item=rng.choice(part(ITEMS, split)))
+    complaint = rng.choice(TICKETS[topic]).format(item=rng.choice(part(ITEMS, split)))
     message = f"{complaint[0].upper()}{complaint[1:]}. {rng.choice(PRESSURES[pressure])}"
     return Example(message, f"{topic}/{pressure}")
 

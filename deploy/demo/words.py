@@ -73,30 +73,36 @@ address list|floor plan|draft|slides|price list|travel plan|photo|job offer|surv
 lease|order form|logo|guest list|mail to the bank|password policy|menu|time sheet|test results
 training plan|quote|road map|speech""")
 TICKETS = {
-    "billing": _phrases("""I was charged twice for the {item}|the invoice for the {item} is wrong
-my card was billed too much for the {item}|why is there a fee on my bill for the {item}
-the receipt for the {item} shows the wrong amount|my payment for the {item} was taken twice
-I see an unknown charge for {item}|you overcharged me for the {item}"""),
-    "delivery": _phrases("""where is the parcel with my {item}|the {item} have not arrived yet
-the courier lost my {item}|tracking says my {item} are still on the way
+    "billing": _phrases("""
+I was charged twice for the {item}|the invoice for the {item} is wrong
+my card was billed too much for the {item}|the receipt for the {item} shows the wrong amount
+my payment for the {item} was taken twice|I see an unknown charge for {item}
+"""),
+    "delivery": _phrases("""
+where is the parcel with my {item}|the {item} have not arrived yet|the courier lost my {item}
 the package with the {item} is late|my {item} were shipped to the wrong address
-when will the {item} be delivered|I am still waiting for the {item} to arrive"""),
-    "account": _phrases("""I forgot my password and cannot order the {item}
-I cannot log in to buy the {item}|please change the email of my login, I want to order {item}
-my account is locked while I order {item}|the login code for my {item} order never comes
-delete my account, I have my {item}|sign in fails when I look for {item}
-how do I reset my password to see the {item}"""),
-    "returns": _phrases("""I want to send the {item} back|how do I return the {item}
-the {item} do not fit, I want a refund|please exchange the {item} for another colour
+when will the {item} be delivered
+"""),
+    "account": _phrases("""
+I forgot my password and cannot order the {item}|I cannot log in to buy the {item}
+please change the email of my login, I want to order {item}
+the login code for my {item} order never comes|delete my account, I have my {item}
+sign in fails when I look for {item}
+"""),
+    "returns": _phrases("""
+I want to send the {item} back|how do I return the {item}|the {item} do not fit, I want a refund
 I changed my mind about the {item}, take them back|I need a return label for the {item}
-can I get my money back for the {item}|I would like to swap the {item} for a bigger size"""),
-    "repair": _phrases("""the {item} are broken|the {item} stopped working after a day
-one of the {item} has a crack|the {item} make a strange noise and do not work
+can I get my money back for the {item}
+"""),
+    "repair": _phrases("""
+the {item} are broken|the {item} stopped working after a day|one of the {item} has a crack
 my {item} came apart, can you fix them|the {item} are damaged and need a repair
-a part of the {item} is missing|the {item} broke when I used them"""),
-    "question": _phrases("""do you sell {item} in blue|what do the {item} cost
-which {item} are best for a child|are the {item} in stock|how heavy are the {item}
-do you have a discount on {item}|what are the {item} made of|are there larger {item}"""),
+a part of the {item} is missing
+"""),
+    "question": _phrases("""
+do you sell {item} in blue|what do the {item} cost|which {item} are best for a child
+how heavy are the {item}|do you have a discount on {item}|what are the {item} made of
+"""),
 }
 PRESSURES = {
     "urgent": ("It is urgent.", "Please hurry!", "I need an answer today.", "It cannot wait."),
