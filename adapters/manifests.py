@@ -6,13 +6,17 @@ look, no lock. Knows nothing of blobs.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+from adapters.errors import StoreCorruptedError
 from adapters.records import AdapterRecord
 from adapters.store_paths import file_names
 from adapters.usage_ledger import Usage
+
+logger = logging.getLogger(__name__)
 
 
 class _Version(NamedTuple):
@@ -46,14 +50,25 @@ class Manifests:
         self._records[name] = (version, record)
         return record
 
-    def read_all(self) -> list[AdapterRecord]:
-        """All records, sorted by id."""
+    def read_all(self, *, skip_damaged: bool = False) -> list[AdapterRecord]:
+        """All records, sorted by id. Raises StoreCorruptedError, or logs and skips what is damaged.
+
+        Who deletes what no record names must not skip.
+        """
         names = file_names(self._directory)
         known = list(self._records)  # at once: other threads add to it
         for gone in set(known).difference(names):
             self._records.pop(gone, None)
-        found = (self.read(name) for name in names)
+        read = self._read_if_sound if skip_damaged else self.read
+        found = (read(name) for name in names)
         return sorted((record for record in found if record), key=lambda record: record.id)
+
+    def _read_if_sound(self, name: str) -> AdapterRecord | None:
+        try:
+            return self.read(name)
+        except StoreCorruptedError as error:
+            logger.error("%s in %s is left out: %s", name, self._directory, error)
+            return None
 
     def digest(self, name: str) -> str | None:
         """The digest in a manifest; None if there is none."""
@@ -62,7 +77,7 @@ class Manifests:
 
     def count(self) -> Usage:
         """Totals over all records."""
-        records = self.read_all()
+        records = self.read_all(skip_damaged=True)
         return Usage(len(records), sum(record.compact_bytes for record in records))
 
 

@@ -162,8 +162,8 @@ class AdapterStore:
         return record
 
     def records(self) -> list[AdapterRecord]:
-        """All records, of whichever base, sorted by id."""
-        return self._manifests.read_all()
+        """All records, of whichever base, sorted by id; damaged ones are logged and left out."""
+        return self._manifests.read_all(skip_damaged=True)
 
     def remove(self, adapter_id: str) -> AdapterRecord:
         """Remove a name, durably; its content stays for those who hold the digest, until
@@ -214,12 +214,14 @@ class AdapterStore:
         """
         with exclusive_lock(self._paths.lock):
             self._ledger.reset()
-            return store_maintenance.collect_garbage(self._paths, self.records(), grace_seconds)
+            return store_maintenance.collect_garbage(
+                self._paths, self._manifests.read_all(), grace_seconds
+            )
 
     def check_integrity(self) -> None:
         """Read everything. Raises StoreCorruptedError for a wrong hash or a missing blob."""
         with exclusive_lock(self._paths.lock):
-            store_maintenance.check_integrity(self._paths, self.records())
+            store_maintenance.check_integrity(self._paths, self._manifests.read_all())
 
     def _is_registered(self, record: AdapterRecord) -> bool:
         old = self._manifests.read(manifest_name(record.id))

@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from serving.launch_checks import LaunchError
+
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; nothing large goes through it
 
 # Ray reads these when it is first imported.
@@ -30,12 +32,16 @@ _PRIVATE_VARIABLES = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 lets all others on the machine go first
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: the node's address is 127.0.0.1
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_raylet_start_wait_time_s": "240",  # a busy machine is slow, not broken
 }
 
 
 @contextlib.contextmanager
 def private_cluster(num_cpus: int) -> Iterator[None]:
-    """Start a cluster of this node alone and connect to it; stop all its processes at the end."""
+    """Start a cluster of this node alone and connect to it; stop all its processes at the end.
+
+    Raises LaunchError when it does not start.
+    """
     directory = Path(tempfile.mkdtemp(prefix="vbserve-"))
     try:
         token = directory / "token"
@@ -57,7 +63,7 @@ def private_cluster(num_cpus: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def existing_cluster(address: str) -> Iterator[None]:
-    """Connect to a running cluster, and leave it running at the end."""
+    """Connect to a running cluster, and leave it running at the end. Raises LaunchError."""
     os.environ.update(_SERVE_VARIABLES)
     with _connection(address=address):
         yield
@@ -68,7 +74,12 @@ def _connection(**options: object) -> Iterator[None]:
     import ray  # only now: it reads the variables above when imported
 
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="vbserve", **options)
+        try:
+            ray.init(
+                log_to_driver=False, logging_level=logging.ERROR, namespace="vbserve", **options
+            )
+        except Exception as error:  # Ray raises this very class when a node does not come up
+            raise LaunchError(f"Ray did not start: {error}") from error
         yield
     finally:
         ray.shutdown()

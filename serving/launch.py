@@ -18,6 +18,7 @@ from typing import NamedTuple
 import httpx
 from rich.console import Console
 
+from adapters.errors import StoreCorruptedError
 from adapters.store import AdapterStore
 from core.model_config import BaseInfo, read_base_info
 from serving.cluster import existing_cluster, private_cluster
@@ -29,6 +30,7 @@ from serving.stores import open_store, preload_adapters, preload_directory, serv
 
 _READY_SECONDS = 120.0
 _POLL_SECONDS = 0.1
+_GARBAGE_GRACE_SECONDS = 3600.0  # requests of another server may still run on what was removed
 
 
 class NamedBase(NamedTuple):
@@ -102,6 +104,10 @@ def _open_store(settings: Settings, base: NamedBase, stages: Stages) -> AdapterS
             if preloaded.differing:
                 note(f"kept other content of {', '.join(preloaded.differing)}")
         note(f"{len(served_ids(store))} in {store.root}")
+        try:
+            store.collect_garbage(_GARBAGE_GRACE_SECONDS)
+        except StoreCorruptedError as error:
+            note(f"nothing is cleaned up: {error}")
     return store
 
 

@@ -382,6 +382,20 @@ def test_a_damaged_manifest_is_noticed(text: str, store: AdapterStore, numbered:
         store.resolve("a")
 
 
+def test_a_damaged_manifest_hides_no_other_and_stops_the_garbage_collector(
+    store: AdapterStore, numbered: Numbered
+) -> None:
+    for name in ("a", "b"):
+        store.add_compact(name, numbered(ord(name)))
+    (store.root / "manifests" / manifest_name("a")).write_text("{}")
+    assert [record.id for record in store.records()] == ["b"]
+    store.add_compact("c", numbered(3))
+    with pytest.raises(StoreCorruptedError):
+        store.collect_garbage(grace_seconds=0)
+    with pytest.raises(StoreCorruptedError):
+        store.check_integrity()
+
+
 def test_a_manifest_under_another_name_is_noticed(store: AdapterStore, numbered: Numbered) -> None:
     store.add_compact("a", numbered(1))
     manifests = store.root / "manifests"
