@@ -347,3 +347,24 @@ def test_a_failing_adapter_answers_without_the_idle_timeout(
     thread.start()
     listener.wait_until_ended(*"01234")
     assert {result.error for result in listener.results.values()} == {"no such blob"}
+
+
+def test_a_request_that_comes_during_an_idle_step_is_seen_at_once(
+    make, listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is too late for that step's inbox and too early to wake a sleeper."""
+    monkeypatch.setattr("core.engine_thread._IDLE_WAIT_SECONDS", 2 * PATIENCE_SECONDS)
+    thread = make(start=False)
+    plain_step, submitted = thread.engine.step, []
+
+    def step() -> list[RequestOutput]:
+        outputs = plain_step()
+        if not submitted:
+            submitted.append("a")
+            thread.submit(request("a", PROMPT, greedy(2)))
+        return outputs
+
+    monkeypatch.setattr(thread.engine, "step", step)
+    thread.start()
+    listener.wait_until_ended("a")
+    assert len(listener.results["a"].token_ids) == 2
