@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from deploy.demo import train as training
 from deploy.demo.tasks import Example, distinct_examples, task_named
-from serving.default_base import ensure_default_base
 
 # transformers warns that PEFT 0.21 asks for an attribute by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -22,8 +21,8 @@ RECIPE = training.Recipe(num_steps=3, batch_size=2, num_vectors=16, vector_lengt
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ensure_default_base())
+def tokenizer(default_base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(default_base)
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ from serving.default_base import (
 
 
 @pytest.fixture(scope="module")
-def base() -> Path:
-    """The real one: fetched and converted where this machine has never had it."""
-    return ensure_default_base()
+def base(default_base: Path) -> Path:
+    """The real one."""
+    return default_base
 
 
 @pytest.fixture(scope="module")
