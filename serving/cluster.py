@@ -32,7 +32,6 @@ _PRIVATE_VARIABLES = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 lets all others on the machine go first
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: the node's address is 127.0.0.1
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_raylet_start_wait_time_s": "240",  # a busy machine is slow, not broken
 }
 
 

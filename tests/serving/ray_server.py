@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 240.0
 STOP_SECONDS = 60.0
+_LISTEN = "0A"  # in /proc/net/tcp
 
 
 class ServerProcess:
@@ -83,6 +84,18 @@ class ServerProcess:
                         found[int(directory.name)] = title.strip()
         return found
 
+    def ports_open_to_others(self) -> list[int]:
+        """TCP ports on which the server's processes listen beyond loopback."""
+        own = {inode for pid in self.processes() for inode in _socket_inodes(pid)}
+        ports = []
+        for table, loopback in (("tcp", "0100007F"), ("tcp6", f"{'0' * 24}01000000")):
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                _, local, _, state, *_, inode = line.split()[:10]
+                address, _, port = local.partition(":")
+                if state == _LISTEN and inode in own and address != loopback:
+                    ports.append(int(port, 16))
+        return ports
+
     def replicas(self, kind: str) -> list[int]:
         """Pids of the replicas of the deployment `kind`."""
         return [
@@ -131,6 +144,14 @@ def started(*options: str, port: int | None = None) -> Iterator[ServerProcess]:
         yield server
     finally:
         server.kill_everything()
+
+
+def _socket_inodes(pid: int) -> set[str]:
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            found.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
+    return found
 
 
 def wait_until(

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import pytest
@@ -98,6 +99,15 @@ async def tokens_of(client: openai.AsyncOpenAI, model: str) -> list[int]:
     return tokens
 
 
+def add_over_http(
+    server: ServerProcess, adapter_id: str, directory: Path
+) -> subprocess.CompletedProcess[str]:
+    command = ["adapters", "add", adapter_id, str(directory), "--url", server.url]
+    return subprocess.run(
+        [sys.executable, "-m", "serving.cli", *command], capture_output=True, text=True
+    )
+
+
 class Stream:
     """A streamed completion that is read in the background."""
 
@@ -148,6 +158,16 @@ def test_a_port_in_use_is_told_before_the_slow_start(
     assert "✓" not in second.output
 
 
+def test_nothing_unpickles_for_strangers(server: ServerProcess) -> None:
+    """Serve's replicas listen for Ray's own calls on all addresses; they want the token."""
+    for port in server.ports_open_to_others():
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as error:
+                call(b"", timeout=20)
+        assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED, (port, error.value)
+
+
 async def test_base_and_adapters_match_peft_in_one_batch(
     client: openai.AsyncOpenAI, expected: dict[str, list[int]]
 ) -> None:
@@ -176,13 +196,7 @@ async def test_registration_disturbs_no_stream_and_reaches_both_engines(
 ) -> None:
     streams = [Stream(client, f"a{n % 4}", LONG) for n in range(8)]
     await asyncio.gather(*(stream.begun() for stream in streams))
-    add = [sys.executable, "-m", "serving.cli", "adapters", "add", "later"]
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [*add, str(model.parent / "later"), "--url", server.url],
-        capture_output=True,
-        text=True,
-    )
+    done = await asyncio.to_thread(add_over_http, server, "later", model.parent / "later")
     assert done.stdout.startswith("later is registered"), done
     assert await tokens_of(client, "later") == expected["later"]
     answers = await asyncio.gather(*(tokens_of(client, "later") for _ in range(16)))
@@ -267,22 +281,19 @@ def test_ctrl_c_stops_everything(server: ServerProcess) -> None:
 
 
 def test_kill_9_of_everything_loses_no_adapter(
-    options: list[str], expected: dict[str, list[int]]
+    options: list[str], model: Path, expected: dict[str, list[int]], tmp_path: Path
 ) -> None:
-    """The store is the one of the shared server, which had `later` added at runtime."""
-    with started(*options) as server:
+    """An adapter that was registered a moment before is there after a restart."""
+    own_store = [*options, "--adapters", str(tmp_path / "store")]
+    with started(*own_store) as server:
+        done = add_over_http(server, "later", model.parent / "later")
         server.kill_everything()
-    with started(*options) as server:
+    assert done.stdout.startswith("later is registered"), done
+    with started(*own_store) as server:
         for name in ("later", "a0"):
-            body = {
-                "model": name,
-                "prompt": PROMPT,
-                "max_tokens": NUM_TOKENS,
-                "temperature": 0,
-                "ignore_eos": True,
-                "return_token_ids": True,
-            }
-            answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+            body = {"model": name, "prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0}
+            more = {"ignore_eos": True, "return_token_ids": True}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=60).json()
             assert answer["choices"][0]["token_ids"] == expected[name]
         server.terminate()
         assert server.wait() == 0
