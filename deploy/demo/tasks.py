@@ -138,7 +138,7 @@ _QUERIES = (
 def _make_text_to_sql(rng: random.Random, split: Split) -> Example:
     phrasings, query = rng.choice(_QUERIES)
     values = {
-        "city": rng.choice(part(CITIES, split)),
+        "city": rng.choice(part(CITIES + MORE_CITIES, split)),
         "department": rng.choice(part(DEPARTMENTS, split)),
         "age": rng.choice(part(range(21, 65), split)),
         "salary": rng.choice(part(range(2000, 8000, 100), split)),

@@ -45,7 +45,7 @@ class Recipe:
 
 RECIPES = {
     "json-extract": Recipe(num_steps=300, batch_size=4),
-    "text-to-sql": Recipe(num_steps=250, batch_size=4),
+    "text-to-sql": Recipe(num_steps=300, batch_size=4),
     "formal": Recipe(num_steps=240, batch_size=4),
     "classify": Recipe(num_steps=240, batch_size=4),
 }

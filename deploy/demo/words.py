@@ -45,6 +45,8 @@ sofas knives bicycles gloves printers scarves umbrellas
 DEPARTMENTS = _words("""
 sales marketing finance support logistics research security design production training legal
 quality purchasing planning payroll maintenance
+advertising accounting engineering shipping recruiting catering reception compliance testing
+packaging publishing insurance transport banking medicine forestry
 """)
 
 # Copying words that training never saw is learnt from many different words, not from many steps.

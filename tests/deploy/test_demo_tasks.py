@@ -8,7 +8,7 @@ import pytest
 
 from deploy.demo import scorers, tasks
 from deploy.demo.tasks import TASKS, UnknownTaskError, distinct_examples, task_named
-from deploy.demo.words import LABELS
+from deploy.demo.words import DEPARTMENTS, LABELS
 
 NAMES = sorted(TASKS)
 
@@ -78,14 +78,22 @@ def test_sql_runs_nothing_but_quick_selects(harm: str) -> None:
 
 
 def test_every_expected_query_finds_rows() -> None:
-    for example in distinct_examples(task_named("text-to-sql"), "heldout", 60, 1):
+    for example in distinct_examples(task_named("text-to-sql"), "heldout", 200, 1):
         rows = scorers._rows(example.answer)
         assert rows and rows[0][0] is not None, example
 
 
+def test_every_department_has_its_own_top_age() -> None:
+    top_ages = [
+        scorers._rows(f"SELECT MAX(age) FROM employees WHERE department = '{department}'")
+        for department in DEPARTMENTS
+    ]
+    assert len({str(rows) for rows in top_ages}) >= len(DEPARTMENTS) - 3
+
+
 def test_sql_order_counts_where_it_is_asked_for() -> None:
     same = task_named("text-to-sql").same
-    expected = "SELECT name FROM employees ORDER BY salary DESC LIMIT 3"
+    expected = "SELECT name FROM employees ORDER BY salary DESC LIMIT 8"
     assert same(expected, expected + ";")
     assert not same(expected, f"SELECT * FROM ({expected}) ORDER BY name")
 
