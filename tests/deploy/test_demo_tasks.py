@@ -83,12 +83,12 @@ def test_every_expected_query_finds_rows() -> None:
         assert rows and rows[0][0] is not None, example
 
 
-def test_every_department_has_its_own_top_age() -> None:
+def test_the_top_age_tells_departments_apart() -> None:
     top_ages = [
         scorers._rows(f"SELECT MAX(age) FROM employees WHERE department = '{department}'")
         for department in DEPARTMENTS
     ]
-    assert len({str(rows) for rows in top_ages}) >= len(DEPARTMENTS) - 3
+    assert len({str(rows) for rows in top_ages}) >= 0.75 * len(DEPARTMENTS)
 
 
 def test_sql_order_counts_where_it_is_asked_for() -> None:
