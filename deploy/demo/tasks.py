@@ -89,10 +89,12 @@ _ORDERS = (
 
 
 def _make_json_extract(rng: random.Random, split: Split) -> Example:
+    # A held-out message has a new person. Cities and goods are known ones: this small a base does
+    # not copy unseen words reliably into quotation marks, where they are spelt in other tokens.
     order: dict[str, str | int] = {
         "name": rng.choice(part(NAMES + MORE_NAMES, split)),
-        "city": rng.choice(part(CITIES + MORE_CITIES, split)),
-        "item": rng.choice(part(ITEMS + MORE_ITEMS, split)),
+        "city": rng.choice(part(CITIES + MORE_CITIES, "train")),
+        "item": rng.choice(part(ITEMS + MORE_ITEMS, "train")),
         "quantity": rng.randint(2, 99),
     }
     return Example(rng.choice(_ORDERS).format(**order), json.dumps(order))
@@ -102,15 +104,18 @@ def _make_json_extract(rng: random.Random, split: Split) -> Example:
 
 _QUERIES = (
     (
-        ("How many employees live in {city}?", "Count the people in {city}."),
-        "SELECT COUNT(*) FROM employees WHERE city = '{city}'",
+        (
+            "How many people in {city} are older than {age}?",
+            "Count the people over {age} in {city}.",
+        ),
+        "SELECT COUNT(*) FROM employees WHERE city = '{city}' AND age > {age}",
     ),
     (
         (
-            "What is the average salary in {department}?",
-            "How much does {department} pay on average?",
+            "What do people over {age} in {department} earn on average?",
+            "What is the average salary in {department} above the age of {age}?",
         ),
-        "SELECT AVG(salary) FROM employees WHERE department = '{department}'",
+        "SELECT AVG(salary) FROM employees WHERE department = '{department}' AND age > {age}",
     ),
     (
         ("Who is older than {age}?", "Name everyone above the age of {age}."),
@@ -121,27 +126,32 @@ _QUERIES = (
         "SELECT name FROM employees WHERE city = '{city}' AND salary > {salary}",
     ),
     (
-        ("How old is the oldest person in {department}?", "What is the top age in {department}?"),
-        "SELECT MAX(age) FROM employees WHERE department = '{department}'",
+        (
+            "Which cities have {department} staff paid over {salary}?",
+            "Where does {department} pay somebody more than {salary}?",
+        ),
+        "SELECT DISTINCT city FROM employees WHERE department = '{department}' "
+        "AND salary > {salary}",
     ),
     (
-        ("Which cities have staff in {department}?", "Where does {department} have people?"),
-        "SELECT DISTINCT city FROM employees WHERE department = '{department}'",
-    ),
-    (
-        ("Who earns most in {city}?", "Name the best paid person in {city}."),
-        "SELECT name FROM employees WHERE city = '{city}' ORDER BY salary DESC LIMIT 1",
+        (
+            "Name the {limit} best paid people in {city}.",
+            "Who are the top {limit} earners in {city}?",
+        ),
+        "SELECT name FROM employees WHERE city = '{city}' ORDER BY salary DESC LIMIT {limit}",
     ),
 )
 
 
 def _make_text_to_sql(rng: random.Random, split: Split) -> Example:
+    # A held-out question has a new number; the cities and departments of a database are given.
     phrasings, query = rng.choice(_QUERIES)
     values = {
-        "city": rng.choice(part(CITIES + MORE_CITIES, split)),
-        "department": rng.choice(part(DEPARTMENTS, split)),
-        "age": rng.choice(part(range(21, 65), split)),
+        "city": rng.choice(CITIES),
+        "department": rng.choice(DEPARTMENTS),
+        "age": rng.choice(part(range(20, 60), split)),
         "salary": rng.choice(part(range(2000, 8000, 100), split)),
+        "limit": rng.choice(part(range(2, 42), split)),
     }
     return Example(rng.choice(phrasings).format(**values), query.format(**values))
 

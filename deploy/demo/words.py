@@ -45,11 +45,8 @@ sofas knives bicycles gloves printers scarves umbrellas
 DEPARTMENTS = _words("""
 sales marketing finance support logistics research security design production training legal
 quality purchasing planning payroll maintenance
-advertising accounting engineering shipping recruiting catering reception compliance testing
-packaging publishing insurance transport banking medicine forestry
 """)
 
-# Copying words that training never saw is learnt from many different words, not from many steps.
 MORE_NAMES = _words("""
 Ahmed Beatriz Carl Dina Erik Freya Gita Henrik Iris Jonas Kira Liam Mona Nils Olga Priya Quentin
 Rosa Stefan Tara Uma Vera Walter Xenia Yusuf Zoe Andre Bella Cyrus Doris Edwin Flora Gabriel Helga

@@ -8,7 +8,7 @@ import pytest
 
 from deploy.demo import scorers, tasks
 from deploy.demo.tasks import TASKS, UnknownTaskError, distinct_examples, task_named
-from deploy.demo.words import DEPARTMENTS, LABELS
+from deploy.demo.words import LABELS
 
 NAMES = sorted(TASKS)
 
@@ -81,14 +81,6 @@ def test_every_expected_query_finds_rows() -> None:
     for example in distinct_examples(task_named("text-to-sql"), "heldout", 200, 1):
         rows = scorers._rows(example.answer)
         assert rows and rows[0][0] is not None, example
-
-
-def test_the_top_age_tells_departments_apart() -> None:
-    top_ages = [
-        scorers._rows(f"SELECT MAX(age) FROM employees WHERE department = '{department}'")
-        for department in DEPARTMENTS
-    ]
-    assert len({str(rows) for rows in top_ages}) >= 0.75 * len(DEPARTMENTS)
 
 
 def test_sql_order_counts_where_it_is_asked_for() -> None:
