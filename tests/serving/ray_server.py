@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 START_SECONDS = 240.0
 STOP_SECONDS = 60.0
 _LISTEN = "0A"  # in /proc/net/tcp
+_LOOPBACK = {"0100007F", f"{'0' * 24}01000000", f"{'0' * 16}FFFF00000100007F"}  # also of tcp6
 
 
 class ServerProcess:
@@ -88,11 +89,11 @@ class ServerProcess:
         """TCP ports on which the server's processes listen beyond loopback."""
         own = {inode for pid in self.processes() for inode in _socket_inodes(pid)}
         ports = []
-        for table, loopback in (("tcp", "0100007F"), ("tcp6", f"{'0' * 24}01000000")):
+        for table in ("tcp", "tcp6"):
             for line in Path("/proc/net", table).read_text().splitlines()[1:]:
                 _, local, _, state, *_, inode = line.split()[:10]
                 address, _, port = local.partition(":")
-                if state == _LISTEN and inode in own and address != loopback:
+                if state == _LISTEN and inode in own and address not in _LOOPBACK:
                     ports.append(int(port, 16))
         return ports
 
