@@ -41,3 +41,18 @@ def _greedy(model: PeftModel, prompt: Sequence[int], num_tokens: int) -> Referen
     return ReferenceGreedy(
         tuple(out.sequences[0, len(prompt) :].tolist()), tuple((best[:, 0] - best[:, 1]).tolist())
     )
+
+
+@without_peft_warnings
+def peft_greedy_of_many(
+    base: Path, adapters: dict[str, Path], prompt: Sequence[int], num_tokens: int
+) -> dict[str, ReferenceGreedy]:
+    """As `peft_greedy` for one prompt and many adapters, the base being read once."""
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model: PeftModel | None = None
+    said = {}
+    for name, path in adapters.items():
+        model = PeftModel.from_pretrained(fresh, path).eval()
+        said[name] = _greedy(model, prompt, num_tokens)
+        fresh = model.unload()
+    return said

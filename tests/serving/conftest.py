@@ -17,8 +17,8 @@ from tiny_model import MAX_MODEL_LEN, load_tokenizer, save_tiny_model, save_vblo
 
 from adapters.store import AdapterStore
 from core.model_config import BaseInfo, read_base_info
-from serving.app import build_app
-from serving.services import Services
+from serving.http.app import build_app
+from serving.http.services import Services
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from serving.app import build_app
-from serving.services import Access, Services
+from serving.http.app import build_app
+from serving.http.services import Access, Services
 
 BASE = "tiny"
 REPLY = " fox jumps over the lazy dog"

@@ -31,7 +31,15 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self._mark = f"VBTEST_MARK={uuid.uuid4().hex}"
         self._lines: list[str] = []
-        command = [sys.executable, "-m", "serving.cli", "serve", "--port", str(self.port), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "serving.cli.main",
+            "serve",
+            "--port",
+            str(self.port),
+            *options,
+        ]
         # what Ray tells its own children must not reach this one
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("VBSERVE_", "RAY_"))}
         name, value = self._mark.split("=")

@@ -14,7 +14,7 @@ from tiny_model import save_dora
 
 from adapters.errors import UnknownAdapterError
 from adapters.store import AdapterStore
-from serving.services import Services
+from serving.http.services import Services
 
 ADAPTERS = "/v1/adapters"
 

@@ -17,8 +17,8 @@ from tiny_model import _save, save_dora
 
 from adapters.store import AdapterStore
 from core.model_config import BaseInfo
-from serving.cli import COMMANDS, main
-from serving.cli_serve import GROUPS
+from serving.cli.main import COMMANDS, main
+from serving.cli.serve import GROUPS
 from serving.settings import Settings
 
 Run = Callable[..., Result]
@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     script = (
         "import sys\n"
-        "from serving.cli import main\n"
+        "from serving.cli.main import main\n"
         "main(['--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'ray', 'transformers', 'pydantic', 'fastapi'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -55,7 +55,7 @@ def test_a_client_of_a_server_imports_nothing_heavy() -> None:
     script = (
         "import sys\n"
         "from click.testing import CliRunner\n"
-        "from serving.cli import main\n"
+        "from serving.cli.main import main\n"
         "CliRunner().invoke(main, ['adapters', 'list', '--url', 'http://127.0.0.1:9'])\n"
         "heavy = {'torch', 'ray', 'transformers', 'fastapi'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

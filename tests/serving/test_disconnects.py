@@ -13,7 +13,7 @@ import pytest
 from fake_engine import FakeEngine
 from http_client import BASE
 
-from serving.services import Services
+from serving.http.services import Services
 
 
 async def until(condition, seconds: float = 5.0) -> float:

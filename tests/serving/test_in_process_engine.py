@@ -21,9 +21,9 @@ from core.errors import EngineOverloadedError, InvalidRequestError
 from core.loading import load_engine
 from core.requests import FinishReason, GenerationRequest, SamplingParams
 from serving.engine_client import EngineDiedError
+from serving.http.services import Services
 from serving.in_process_engine import InProcessEngineClient
 from serving.metrics import AdapterLabels, EngineMetrics, EngineState
-from serving.services import Services
 
 NUM_TOKENS = 12
 ENDLESS = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0)

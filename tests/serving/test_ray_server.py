@@ -104,7 +104,7 @@ def add_over_http(
 ) -> subprocess.CompletedProcess[str]:
     command = ["adapters", "add", adapter_id, str(directory), "--url", server.url]
     return subprocess.run(
-        [sys.executable, "-m", "serving.cli", *command], capture_output=True, text=True
+        [sys.executable, "-m", "serving.cli.main", *command], capture_output=True, text=True
     )
 
 

@@ -25,8 +25,7 @@ from core.requests import (
     SamplingParams,
     TokenLogprobs,
 )
-from serving.engine_client import EngineDiedError
-from serving.engine_wire import (
+from serving.cluster.engine_wire import (
     GenerateCall,
     GenerateResult,
     ReplyAddress,
@@ -38,8 +37,9 @@ from serving.engine_wire import (
     join_outputs,
     to_wire,
 )
-from serving.request_stream import OutputAssembler
-from serving.token_channel import TokenReceiver, TokenSender
+from serving.cluster.request_stream import OutputAssembler
+from serving.cluster.token_channel import TokenReceiver, TokenSender
+from serving.engine_client import EngineDiedError
 
 
 def outputs_of(steps: list[list[int]], request_id: str = "r") -> list[RequestOutput]:

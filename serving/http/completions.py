@@ -15,11 +15,11 @@ from msgspec import UNSET
 from core.errors import InvalidRequestError
 from core.requests import GenerationRequest, TokenLogprobs
 from core.text import IncrementalDetokenizer, TokenStrings
-from serving.answers import Identity, Tally, finite
-from serving.generation import ChoiceDelta, ChoicePlan
-from serving.prompts import Prompt
-from serving.schemas import CompletionRequest
-from serving.schemas_responses import Completion, CompletionChoice, CompletionLogprobs
+from serving.http.answers import Identity, Tally, finite
+from serving.http.generation import ChoiceDelta, ChoicePlan
+from serving.http.prompts import Prompt
+from serving.http.schemas import CompletionRequest
+from serving.http.schemas_responses import Completion, CompletionChoice, CompletionLogprobs
 
 DEFAULT_MAX_TOKENS = 16
 MAX_SEQUENCES = 1024

@@ -16,15 +16,15 @@ from ray.serve.handle import DeploymentHandle
 from transformers import AutoTokenizer
 
 from core.model_config import read_base_info
-from serving.app import build_app
-from serving.engine_deployment import replica_name
+from serving.cluster.engine_deployment import replica_name
+from serving.cluster.ray_engine_client import RayEngineClient
+from serving.cluster.token_channel import TokenReceiver
+from serving.http.app import build_app
+from serving.http.services import Access, Services
 from serving.metrics import HttpMetrics
 from serving.metrics_pages import Page
-from serving.ray_engine_client import RayEngineClient
-from serving.services import Access, Services
 from serving.settings import Settings
 from serving.stores import open_store
-from serving.token_channel import TokenReceiver
 
 
 class IngressReplica:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.requests import MAX_LOGPROBS
-from serving.schemas import Count, RequestBody, SamplingFields, refuse_unsupported
+from serving.http.schemas import Count, RequestBody, SamplingFields, refuse_unsupported
 
 MAX_MESSAGES = 4096
 

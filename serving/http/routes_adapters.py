@@ -11,15 +11,15 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapters.errors import InvalidAdapterIdError
 from adapters.records import AdapterRecord
-from serving.auth import admin_guard, inference_guard
-from serving.bodies import media_type, read_json
-from serving.errors import ApiError
-from serving.models import resolve_adapter, served_records
-from serving.openapi import upload_or_json_body
-from serving.routes_models import json_response
-from serving.schemas import AdapterSource
-from serving.services import Services
-from serving.uploads import FILES_FIELD, receive_upload
+from serving.http.auth import admin_guard, inference_guard
+from serving.http.bodies import media_type, read_json
+from serving.http.errors import ApiError
+from serving.http.models import resolve_adapter, served_records
+from serving.http.openapi import upload_or_json_body
+from serving.http.routes_models import json_response
+from serving.http.schemas import AdapterSource
+from serving.http.services import Services
+from serving.http.uploads import FILES_FIELD, receive_upload
 
 _MAX_CONCURRENT_ADDS = 2  # each holds a whole adapter in memory
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from core.errors import InvalidRequestError, PromptTooLongError
-from serving.schemas import TextOrTokens
+from serving.http.schemas import TextOrTokens
 
 _INLINE_CHARS = 2000  # about as long as handing over to a thread takes
 

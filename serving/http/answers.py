@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import msgspec
 
-from serving.generation import ChoiceDelta, ChoicePlan
-from serving.prompts import Prompt
-from serving.schemas_responses import PromptTokensDetails, Usage
+from serving.http.generation import ChoiceDelta, ChoicePlan
+from serving.http.prompts import Prompt
+from serving.http.schemas_responses import PromptTokensDetails, Usage
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 

@@ -23,13 +23,13 @@ from core.errors import CoreError
 from core.loading import load_engine, resolve_placement
 from core.model_config import read_base_info
 from core.requests import FinishReason, GenerationRequest, RequestOutput
+from serving.cluster.engine_wire import GenerateResult, decode_call, encode, join_outputs, to_wire
+from serving.cluster.token_channel import TokenSender
 from serving.engine_client import EngineDiedError
-from serving.engine_wire import GenerateResult, decode_call, encode, join_outputs, to_wire
 from serving.metrics import AdapterLabels, EngineMetrics, EngineState
 from serving.metrics_pages import Page
 from serving.settings import Settings
 from serving.stores import open_store
-from serving.token_channel import TokenSender
 
 
 @dataclass

@@ -16,11 +16,11 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from core.errors import EngineOverloadedError
 from core.requests import GenerationRequest, RequestOutput
+from serving.cluster.engine_wire import GenerateCall, decode_result, encode
+from serving.cluster.request_stream import RequestStream
+from serving.cluster.token_channel import TokenReceiver
 from serving.engine_client import EngineDiedError
-from serving.engine_wire import GenerateCall, decode_result, encode
 from serving.metrics_pages import Page
-from serving.request_stream import RequestStream
-from serving.token_channel import TokenReceiver
 
 logger = logging.getLogger(__name__)
 

@@ -8,19 +8,19 @@ from contextlib import aclosing
 import msgspec
 from fastapi import APIRouter, Depends, Request, Response
 
-from serving.answers import Answer, Identity
-from serving.auth import inference_guard
-from serving.bodies import read_json
-from serving.chat import ChatAnswer, plan_chat
-from serving.completions import CompletionAnswer, plan_completion
-from serving.generation import ChoiceDelta, generate
-from serving.models import resolve_model
-from serving.openapi import json_body
-from serving.prompts import tokenize, tokenize_chat
-from serving.schemas import CompletionRequest, SamplingFields
-from serving.schemas_chat import ChatCompletionRequest
-from serving.services import Services
-from serving.streaming import (
+from serving.http.answers import Answer, Identity
+from serving.http.auth import inference_guard
+from serving.http.bodies import read_json
+from serving.http.chat import ChatAnswer, plan_chat
+from serving.http.completions import CompletionAnswer, plan_completion
+from serving.http.generation import ChoiceDelta, generate
+from serving.http.models import resolve_model
+from serving.http.openapi import json_body
+from serving.http.prompts import tokenize, tokenize_chat
+from serving.http.schemas import CompletionRequest, SamplingFields
+from serving.http.schemas_chat import ChatCompletionRequest
+from serving.http.services import Services
+from serving.http.streaming import (
     EventStreamResponse,
     event,
     events_to_the_end,

@@ -21,10 +21,10 @@ from rich.console import Console
 from adapters.errors import StoreCorruptedError
 from adapters.store import AdapterStore
 from core.model_config import BaseInfo, read_base_info
-from serving.cluster import existing_cluster, private_cluster
+from serving.cluster.launch_checks import LaunchError
+from serving.cluster.launch_messages import Stages, ready_message, server_url
+from serving.cluster.ray_cluster import existing_cluster, private_cluster
 from serving.default_base import BASE_NAME, ensure_default_base
-from serving.launch_checks import LaunchError
-from serving.launch_messages import Stages, ready_message, server_url
 from serving.settings import Settings
 from serving.stores import open_store, preload_adapters, preload_directory, served_ids
 
@@ -124,7 +124,7 @@ def _cluster(settings: Settings) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _application(settings: Settings, base: NamedBase) -> Iterator[None]:
-    from serving.application import deployed  # only now: it imports Ray, see `cluster`
+    from serving.cluster.application import deployed  # only now: it imports Ray, see `cluster`
 
     with contextlib.ExitStack() as stack:
         try:

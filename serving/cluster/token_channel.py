@@ -19,14 +19,14 @@ import zmq
 import zmq.asyncio
 
 from core.requests import RequestOutput
-from serving.engine_wire import (
+from serving.cluster.engine_wire import (
     ReplyAddress,
     SequencedOutput,
     StepFrame,
     decode_frame,
     encode,
 )
-from serving.request_stream import RequestStream
+from serving.cluster.request_stream import RequestStream
 
 _QUEUED_MESSAGES = 1000  # per socket and side; beyond it the sender drops
 _MAX_MESSAGE_BYTES = 64 * 2**20

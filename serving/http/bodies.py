@@ -7,7 +7,7 @@ from typing import TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 
-from serving.errors import ApiError
+from serving.http.errors import ApiError
 
 Body = TypeVar("Body", bound=BaseModel)
 

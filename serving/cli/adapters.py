@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from serving.cli_errors import offline_errors, told_plainly
+from serving.cli.errors import offline_errors, told_plainly
 from serving.settings import CLIENT_KEY_VARIABLE, CLIENT_URL_VARIABLE
 
 if TYPE_CHECKING:
-    from serving.adapter_directory import AdapterDirectory, Row
+    from serving.http.adapter_directory import AdapterDirectory, Row
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -98,7 +98,7 @@ def remove(adapter_id: str, **where: Any) -> None:
 @contextlib.contextmanager
 def _opened(where: dict[str, Any]) -> Iterator[AdapterDirectory]:
     """The server's adapters or the store's; errors are told in a line."""
-    from serving.adapter_directory import ServerError, http_directory
+    from serving.http.adapter_directory import ServerError, http_directory
 
     if where["store"] is None:
         with (
@@ -114,8 +114,8 @@ def _opened(where: dict[str, Any]) -> Iterator[AdapterDirectory]:
 def _offline(store: Path, model: Path | None) -> AdapterDirectory:
     from adapters.store import AdapterStore
     from core.model_config import read_base_info
-    from serving.adapter_directory import StoreDirectory
     from serving.default_base import ensure_default_base
+    from serving.http.adapter_directory import StoreDirectory
 
     base = read_base_info(model or ensure_default_base(progress=click.echo))
     return StoreDirectory(AdapterStore.open(store, base))

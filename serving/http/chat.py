@@ -14,11 +14,11 @@ from msgspec import UNSET
 
 from core.requests import GenerationRequest, TokenLogprobs
 from core.text import TokenStrings
-from serving.answers import Identity, Tally, finite
-from serving.generation import ChoiceDelta, ChoicePlan
-from serving.prompts import Prompt, room_for_output
-from serving.schemas_chat import ChatCompletionRequest
-from serving.schemas_responses import (
+from serving.http.answers import Identity, Tally, finite
+from serving.http.generation import ChoiceDelta, ChoicePlan
+from serving.http.prompts import Prompt, room_for_output
+from serving.http.schemas_chat import ChatCompletionRequest
+from serving.http.schemas_responses import (
     AnswerMessage,
     ChatChoice,
     ChatChunk,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from serving.auth import metrics_guard
+from serving.http.auth import metrics_guard
+from serving.http.routes_models import json_response
+from serving.http.services import Services
 from serving.metrics_pages import merge
-from serving.routes_models import json_response
-from serving.services import Services
 
 
 def operations_router(services: Services) -> APIRouter:

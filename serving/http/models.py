@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from adapters.errors import InvalidAdapterIdError, UnknownAdapterError, WrongBaseError
 from adapters.records import AdapterRecord
-from serving.schemas_responses import ModelCard
-from serving.services import Services
+from serving.http.schemas_responses import ModelCard
+from serving.http.services import Services
 
 OWNER = "vbserve"
 

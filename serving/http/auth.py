@@ -12,8 +12,8 @@ from typing import Any
 
 from fastapi import Request
 
-from serving.errors import ApiError
-from serving.services import Access
+from serving.http.errors import ApiError
+from serving.http.services import Access
 
 Guard = Callable[[Request], Coroutine[Any, Any, None]]
 

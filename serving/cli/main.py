@@ -47,12 +47,12 @@ class LazyGroup(click.Group):
 
 
 COMMANDS = {
-    "serve": LazyCommand("serving.cli_serve", "serve", "Start a server; Ctrl-C stops it."),
+    "serve": LazyCommand("serving.cli.serve", "serve", "Start a server; Ctrl-C stops it."),
     "adapters": LazyCommand(
-        "serving.cli_adapters", "adapters", "Add, list, show and remove adapters."
+        "serving.cli.adapters", "adapters", "Add, list, show and remove adapters."
     ),
     "inspect": LazyCommand(
-        "serving.cli_inspect", "inspect", "Tell what a PEFT adapter directory holds."
+        "serving.cli.inspect", "inspect", "Tell what a PEFT adapter directory holds."
     ),
     "loadtest": LazyCommand(
         "loadtest.cli", "loadtest", "Measure a running server: latencies, throughput, plots."

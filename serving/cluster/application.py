@@ -17,8 +17,8 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from core.model_config import BaseInfo
-from serving.engine_deployment import EngineReplica
-from serving.ingress_deployment import IngressReplica
+from serving.cluster.engine_deployment import EngineReplica
+from serving.cluster.ingress_deployment import IngressReplica
 from serving.settings import Settings
 
 APP_NAME = "vbserve"

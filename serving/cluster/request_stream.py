@@ -10,8 +10,8 @@ import asyncio
 from dataclasses import replace
 
 from core.requests import RequestOutput
+from serving.cluster.engine_wire import GenerateResult, SequencedOutput, from_wire
 from serving.engine_client import EngineDiedError
-from serving.engine_wire import GenerateResult, SequencedOutput, from_wire
 
 
 class OutputAssembler:

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serving.errors import to_api_error
+from serving.http.errors import to_api_error
 
 T = TypeVar("T")
 

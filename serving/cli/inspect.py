@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from serving.cli_errors import offline_errors, told_plainly
+from serving.cli.errors import offline_errors, told_plainly
 
 
 @click.command()
@@ -23,7 +23,7 @@ def inspect(directory: Path, model: Path | None) -> None:
 
     from adapters.peft_adapter import read_peft_adapter
     from core.model_config import read_base_info
-    from serving.adapter_report import adapter_report
+    from serving.cli.adapter_report import adapter_report
     from serving.default_base import ensure_default_base
 
     with told_plainly(*offline_errors()):

@@ -16,8 +16,8 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from serving.bodies import refuse_announced, too_large
-from serving.errors import ApiError
+from serving.http.bodies import refuse_announced, too_large
+from serving.http.errors import ApiError
 
 FILES_FIELD = "files"
 

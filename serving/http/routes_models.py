@@ -8,9 +8,9 @@ import time
 import msgspec
 from fastapi import APIRouter, Depends, Response
 
-from serving.auth import inference_guard
-from serving.models import adapter_card, base_card, resolve_adapter, served_records
-from serving.services import Services
+from serving.http.auth import inference_guard
+from serving.http.models import adapter_card, base_card, resolve_adapter, served_records
+from serving.http.services import Services
 
 
 def models_router(services: Services) -> APIRouter:

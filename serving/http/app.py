@@ -8,13 +8,13 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import errors
+from serving.http import errors
+from serving.http.routes_adapters import adapters_router
+from serving.http.routes_generation import generation_router
+from serving.http.routes_models import models_router
+from serving.http.routes_operations import operations_router
+from serving.http.services import Access, Services
 from serving.metrics import HttpMetrics
-from serving.routes_adapters import adapters_router
-from serving.routes_generation import generation_router
-from serving.routes_models import models_router
-from serving.routes_operations import operations_router
-from serving.services import Access, Services
 
 __all__ = ["Access", "Services", "build_app"]
 

@@ -11,8 +11,8 @@ from pydantic import ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from serving.cli_errors import offline_errors, told_plainly
-from serving.launch_checks import LaunchError, check_port_is_free
+from serving.cli.errors import offline_errors, told_plainly
+from serving.cluster.launch_checks import LaunchError, check_port_is_free
 from serving.settings import (
     CONFIG_VARIABLE,
     ENV_PREFIX,
@@ -138,6 +138,6 @@ def serve(config_file: Path | None, **given: Any) -> None:
 
     console = Console()
     with console.status("loading"):
-        from serving.launch import serve_forever
+        from serving.cluster.launch import serve_forever
     with told_plainly(LaunchError, *offline_errors()):
         serve_forever(settings, console)
