@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 HELDOUT_COUNT = 64
 HELDOUT_SEED = 1
-MAX_TOKENS = 48
+MAX_TOKENS = 96  # room for a base that lays out its JSON; adapters stop by themselves
 _BATCH_SIZE = 16
 _WEIGHTS = "adapter_model.safetensors"
 

@@ -32,8 +32,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class Recipe:
     """How an adapter is trained. Learning rates are the paper's, and fall linearly to zero."""
 
-    num_steps: int = 120
-    batch_size: int = 8
+    num_steps: int = 300
+    batch_size: int = 4
     seed: int = 0
     bank_learning_rate: float = 1e-3
     logits_learning_rate: float = 1e-2
@@ -44,10 +44,10 @@ class Recipe:
 
 
 RECIPES = {
-    "json-extract": Recipe(num_steps=300, batch_size=4),
-    "text-to-sql": Recipe(num_steps=300, batch_size=4),
-    "formal": Recipe(num_steps=240, batch_size=4),
-    "classify": Recipe(num_steps=240, batch_size=4),
+    "json-extract": Recipe(),
+    "text-to-sql": Recipe(),
+    "formal": Recipe(num_steps=240),
+    "classify": Recipe(num_steps=240),
 }
 """What the committed adapters were trained with."""
 

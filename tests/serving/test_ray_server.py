@@ -66,9 +66,9 @@ def expected(model: Path, adapters: Path) -> dict[str, list[int]]:
 
 @pytest.fixture(scope="module")
 def options(model: Path, adapters: Path) -> list[str]:
-    """One replica of each kind."""
+    """One replica of each kind; room for all long streams, so that none is preempted."""
     paths = {"--model": model, "--adapters": model.parent / "store", "--preload": adapters}
-    pairs = [*paths.items(), ("--num-threads", 1), ("--kv-cache-bytes", "64MiB")]
+    pairs = [*paths.items(), ("--num-threads", 1), ("--kv-cache-bytes", "512MiB")]
     return [str(word) for pair in pairs for word in pair]
 
 
