@@ -72,7 +72,7 @@ class VbserveServer:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=_clean_environment(),
-            start_new_session=True,
+            process_group=0,  # not a session of its own, see ARCHITECTURE.md on autogroups
         )
         try:
             asyncio.run(self._wait_ready(start + self.ready_within_seconds))

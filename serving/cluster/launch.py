@@ -78,6 +78,23 @@ def _arm_signals() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
 
 
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the body is done.
+
+    Ray forgets the processes that it has begun to start when its start is interrupted.
+    """
+    held: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        _arm_signals()  # Ray has put its own handler there
+    if held:
+        _interrupt(held[0], None)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -117,8 +134,9 @@ def _cluster(settings: Settings) -> Iterator[None]:
         cluster = private_cluster(num_cpus=len(os.sched_getaffinity(0)))
     else:
         cluster = existing_cluster(settings.ray_address)
-    with cluster:
-        _arm_signals()  # Ray has put its own handler there
+    with contextlib.ExitStack() as stack:
+        with _held_signals():
+            stack.enter_context(cluster)
         yield
 
 

@@ -65,10 +65,15 @@ def save_vblora(
     *,
     seed: int = 0,
     bank_seed: int | None = None,
+    bank_limit: float = 1.0,
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> None:
-    """Let PEFT save a VB-LoRA adapter with random, well spread logits."""
+    """Let PEFT save a VB-LoRA adapter with random, well spread logits.
+
+    `bank_limit`: over a deep base, banks of 1 make some adapters so sensitive that PEFT in fp32
+    strays from PEFT in fp64 by more than many a gap between the two best logits.
+    """
     settings: dict[str, Any] = {
         "r": 4,
         "num_vectors": 32,
@@ -86,7 +91,7 @@ def save_vblora(
         if "vblora_logits" in name:
             parameter.data.normal_(0, 2, generator=generator)
         elif "vector_bank" in name:
-            parameter.data.uniform_(-1, 1, generator=bank_generator)
+            parameter.data.uniform_(-bank_limit, bank_limit, generator=bank_generator)
     model.to(dtype).save_pretrained(path)
 
 

@@ -145,7 +145,7 @@ def test_default_base_in_one_batch(default_base: Path, tmp_path: Path) -> None:
     directories = {}
     for number, (name, (save, settings)) in enumerate(DEFAULT_BASE_CASES.items()):
         directories[name] = tmp_path / name
-        small = {"num_vectors": 32} if save is save_vblora else {}
+        small = {"num_vectors": 32, "bank_limit": 0.25} if save is save_vblora else {}
         save(Base(default_base), directories[name], seed=number, **{**small, **settings})
     from transformers import AutoTokenizer
 

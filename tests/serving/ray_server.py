@@ -49,7 +49,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
+            process_group=0,  # not a session of its own, see ARCHITECTURE.md on autogroups
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -37,7 +37,7 @@ def directories(default_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Sixteen random adapters to be there at start, and one that comes later."""
     root = tmp_path_factory.mktemp("sixteen")
     names = [*(f"preload/r{number:02}" for number in range(NUM_ADAPTERS)), "later"]
-    small = {"num_vectors": 32, "vector_length": 64}
+    small = {"num_vectors": 32, "vector_length": 64, "bank_limit": 0.25}
     for seed, name in enumerate(names):
         save_vblora(Base(default_base), root / name, seed=seed, r=1 + seed % 4, **small)
     return {name.removeprefix("preload/"): root / name for name in names}
