@@ -174,21 +174,51 @@ typedef struct {
     const pair_t *pairs;
 } rows_t;
 
-#define BLOCK 4 /* rows that share one pass over the factors */
+#define BLOCK 4 /* rows, and ranks, that share one pass over what they read */
+
+/* y[t] += scale * (x[t] a^T) b for `rows` rows and `ranks` ranks, both constants where this is
+ * inlined: all sums stay in registers, x and a are read once, y is written once. */
+static inline __attribute__((always_inline)) void
+add_tile(const float *restrict x, int64_t x_stride, float *restrict y, int64_t y_stride,
+         const float *restrict a, const float *restrict b, float scale, int64_t in, int64_t out,
+         const int rows, const int ranks) {
+    float weight[BLOCK][BLOCK] = {{0.0f}};
+    for (int64_t i = 0; i < in; i++)
+#pragma GCC unroll 4
+        for (int r = 0; r < ranks; r++)
+#pragma GCC unroll 4
+            for (int t = 0; t < rows; t++) weight[r][t] += a[r * in + i] * x[t * x_stride + i];
+#pragma GCC unroll 4
+    for (int r = 0; r < ranks; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < rows; t++) weight[r][t] *= scale;
+    for (int64_t o = 0; o < out; o++)
+#pragma GCC unroll 4
+        for (int t = 0; t < rows; t++) {
+            float sum = y[t * y_stride + o];
+#pragma GCC unroll 4
+            for (int r = 0; r < ranks; r++) sum += weight[r][t] * b[r * out + o];
+            y[t * y_stride + o] = sum;
+        }
+}
 
 static void add_block(const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t rows,
                       const pair_t *pair, int64_t in, int64_t out) {
-    for (int64_t r = 0; r < pair->rank; r++) {
-        const float *restrict a = pair->a + r * in, *restrict b = pair->b + r * out;
-        float weight[BLOCK];
-        for (int64_t t = 0; t < rows; t++)
-            weight[t] = dot(a, x + t * x_stride, in) * (float)pair->scale;
-        for (int64_t t = 0; t < rows; t++) {
-            float *restrict row = y + t * y_stride;
-            float w = weight[t];
-            for (int64_t o = 0; o < out; o++) row[o] += w * b[o];
-        }
+    float scale = (float)pair->scale;
+    int64_t r = 0;
+    for (; r + BLOCK <= pair->rank; r += BLOCK) {
+        const float *a = pair->a + r * in, *b = pair->b + r * out;
+        if (rows == BLOCK)
+            add_tile(x, x_stride, y, y_stride, a, b, scale, in, out, BLOCK, BLOCK);
+        else
+            for (int64_t t = 0; t < rows; t++)
+                add_tile(x + t * x_stride, x_stride, y + t * y_stride, y_stride, a, b, scale, in,
+                         out, 1, BLOCK);
     }
+    for (; r < pair->rank; r++)
+        for (int64_t t = 0; t < rows; t++)
+            add_tile(x + t * x_stride, x_stride, y + t * y_stride, y_stride, pair->a + r * in,
+                     pair->b + r * out, scale, in, out, 1, 1);
 }
 
 /* y[t, offset of j :] += scale * (x[t] a_j^T) b_j for each projection j of the rows' adapter.
