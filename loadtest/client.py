@@ -15,15 +15,14 @@ from typing import Self
 import aiohttp
 import msgspec
 
+from loadtest.dialects import OPENAI, Dialect
 from loadtest.errors import ServerUnreachableError
 from loadtest.live import LiveCounts
-from loadtest.protocol import Completion, Model, ModelList, body_of
-from loadtest.records import RequestRecord
+from loadtest.protocol import Model, ModelList
+from loadtest.records import DETAIL_CHARS, RequestRecord, fail
 from loadtest.sse import EventParser
 from loadtest.workload import PlannedRequest
 
-_decode = msgspec.json.Decoder(Completion).decode
-_DETAIL_CHARS = 300
 _KEEP_ALIVE_SECONDS = 4.0  # below uvicorn's 5: never send into a connection that just closed
 
 
@@ -49,9 +48,14 @@ class CompletionsClient:
     """
 
     def __init__(
-        self, options: ClientOptions, clock: Callable[[], float], live: LiveCounts
+        self,
+        options: ClientOptions,
+        clock: Callable[[], float],
+        live: LiveCounts,
+        dialect: Dialect = OPENAI,
     ) -> None:
         self._options, self._clock, self._live = options, clock, live
+        self._dialect = dialect
 
     async def __aenter__(self) -> Self:
         key = self._options.api_key
@@ -77,7 +81,7 @@ class CompletionsClient:
             async with self._session.get(url) as response:
                 body = await response.read()
                 if response.status != 200:
-                    text = body[:_DETAIL_CHARS].decode(errors="replace")
+                    text = body[:DETAIL_CHARS].decode(errors="replace")
                     raise ServerUnreachableError(f"GET {url} answered {response.status}: {text}")
                 return msgspec.json.decode(body, type=ModelList).data
         except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
@@ -95,13 +99,13 @@ class CompletionsClient:
             async with asyncio.timeout(self._options.timeout_seconds):
                 await self._exchange(request, record)
         except TimeoutError:
-            _fail(record, "timeout", f"no end within {self._options.timeout_seconds} s")
+            fail(record, "timeout", f"no end within {self._options.timeout_seconds} s")
         except aiohttp.ClientConnectorError as error:
-            _fail(record, "connect", str(error))
+            fail(record, "connect", str(error))
         except (aiohttp.ClientError, OSError) as error:
-            _fail(record, "disconnect", repr(error))
+            fail(record, "disconnect", repr(error))
         except msgspec.DecodeError as error:
-            _fail(record, "malformed", str(error))
+            fail(record, "malformed", str(error))
         record.finished = self._clock()
         self._live.in_flight -= 1
         self._live.count(record)
@@ -109,103 +113,35 @@ class CompletionsClient:
 
     async def _exchange(self, request: PlannedRequest, record: RequestRecord) -> None:
         options = self._options
-        body = body_of(
-            request.model,
-            request.prompt,
-            request.max_tokens,
+        body = self._dialect.body(
+            request,
             stream=options.stream,
             ignore_eos=options.ignore_eos,
             token_ids=options.token_ids,
         )
-        url = f"{options.url.rstrip('/')}/v1/completions"
+        url = f"{options.url.rstrip('/')}{self._dialect.path}"
         headers = {"Content-Type": "application/json"}
         async with self._session.post(url, data=body, headers=headers) as response:
             if response.status != 200:
-                text = (await response.read())[:_DETAIL_CHARS].decode(errors="replace")
-                _fail(record, f"http_{response.status}", text)
+                text = (await response.read())[:DETAIL_CHARS].decode(errors="replace")
+                fail(record, f"http_{response.status}", text)
                 record.retry_after = _seconds(response.headers.get("Retry-After"))
             elif options.stream:
                 await self._follow(response.content, record)
             else:
-                reply = _Reply(record, self._live)
+                reply = self._dialect.reply(record, self._live)
                 reply.take([await response.read()], self._clock())
                 reply.close()
 
     async def _follow(self, content: aiohttp.StreamReader, record: RequestRecord) -> None:
-        parser, reply = EventParser(), _Reply(record, self._live)
+        parser, reply = EventParser(), self._dialect.reply(record, self._live)
         async for data in content.iter_any():
             events = parser.feed(data)
             if events:
                 reply.take(events, self._clock())
         if not reply.done and record.error is None:
-            _fail(record, "disconnect", "the stream ended without [DONE]")
+            fail(record, "disconnect", "the stream ended without its last event")
         reply.close()
-
-
-class _Reply:
-    """Collects events into a record; what arrives in one read is one chunk."""
-
-    def __init__(self, record: RequestRecord, live: LiveCounts) -> None:
-        self.done = False
-        self._record, self._live = record, live
-        self._chunk_chars: list[int] = []
-        self._completion_tokens: int | None = None
-        self._exact = True
-
-    def take(self, events: list[bytes], now: float) -> None:
-        """Account for `events`, which arrived together at `now`."""
-        record, num_tokens, num_chars = self._record, 0, 0
-        for event in events:
-            if event == b"[DONE]":
-                self.done = True
-                continue
-            completion = _decode(event)
-            if completion.error is not None:
-                _fail(record, "stream_error", msgspec.json.encode(completion.error).decode())
-            for choice in completion.choices:
-                num_chars += len(choice.text)
-                if choice.token_ids:
-                    num_tokens += len(choice.token_ids)
-                    record.token_ids += choice.token_ids
-                elif choice.text:
-                    num_tokens += 1
-                    self._exact = False
-            if completion.usage is not None:
-                record.prompt_tokens = completion.usage.prompt_tokens
-                self._completion_tokens = completion.usage.completion_tokens
-        if num_tokens:
-            record.chunk_times.append(now)
-            record.chunk_tokens.append(num_tokens)
-            self._chunk_chars.append(num_chars)
-            self._live.tokens += num_tokens
-
-    def close(self) -> None:
-        """Settle the number of tokens per chunk where the server gave no token ids."""
-        record, total = self._record, self._completion_tokens
-        if not self._exact and total is not None and total != record.num_tokens:
-            self._live.tokens += total - record.num_tokens
-            record.chunk_tokens = apportion(total, self._chunk_chars)
-            record.estimated = True
-        if not record.chunk_tokens and record.error is None:
-            _fail(record, "no_tokens", "the response ended without a token")
-
-
-def apportion(total: int, weights: list[int]) -> list[int]:
-    """Split `total` tokens over chunks by `weights`, at least one each while there are enough."""
-    if total < len(weights):
-        return [1] * len(weights)
-    spare, weight_sum = total - len(weights), sum(weights) or 1
-    shares, carried, given = [], 0, 0
-    for weight in weights:
-        carried += weight
-        upto = spare * carried // weight_sum
-        shares.append(1 + upto - given)
-        given = upto
-    return shares
-
-
-def _fail(record: RequestRecord, kind: str, detail: str) -> None:
-    record.error, record.detail = kind, detail[:_DETAIL_CHARS]
 
 
 def _seconds(retry_after: str | None) -> float | None:

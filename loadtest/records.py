@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+DETAIL_CHARS = 300
+
 
 @dataclass(slots=True)
 class RequestRecord:
@@ -70,3 +72,8 @@ class RequestRecord:
         for gap, num_tokens in zip(self.chunk_gaps(), self.chunk_tokens[1:], strict=True):
             gaps += [gap / num_tokens] * num_tokens
         return gaps
+
+
+def fail(record: RequestRecord, kind: str, detail: str) -> None:
+    """Note a failure; of a long `detail` its beginning."""
+    record.error, record.detail = kind, detail[:DETAIL_CHARS]

@@ -65,7 +65,7 @@ async def test_without_streaming(completions_server: CompletionsServer) -> None:
         ("busy", "http_429", "full"),
         ("error-event", "stream_error", "engine died"),
         ("cut", "disconnect", ""),
-        ("no-done", "disconnect", "without [DONE]"),
+        ("no-done", "disconnect", "without its last event"),
         ("silent", "no_tokens", "without a token"),
         ("garbage", "malformed", ""),
         ("slow", "timeout", "0.4 s"),

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.client import apportion
+from loadtest.dialects import apportion
 from loadtest.records import RequestRecord
 from loadtest.stats import distribution, summarise, timeline, tokens_until
 
