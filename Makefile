@@ -5,14 +5,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help serve test check bench
+.PHONY: help serve test check bench peers
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve   a server on 127.0.0.1:8000; Ctrl-C stops it"
 	@echo "make test    all tests"
 	@echo "make check   ruff, mypy, import-linter"
-	@echo "make bench   speed beside plain PEFT"
+	@echo "make bench   speed beside plain PEFT, and beside other servers that are installed"
+	@echo "make peers   installs those: vLLM, llama.cpp, OpenVINO; ARGS chooses"
 
 serve: $(INSTALLED)
 	@$(BIN)/vbserve serve $(ARGS)
@@ -28,6 +29,9 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m loadtest.bench $(ARGS)
+
+peers:
+	@PYTHON=$(PYTHON) loadtest/peers/install.sh bench-out/peers $(ARGS)
 
 # Made again when the requirements change; a half-finished one is finished by the next make.
 $(INSTALLED): pyproject.toml constraints.txt

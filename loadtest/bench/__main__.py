@@ -18,10 +18,11 @@ from loadtest.bench.charts import write_chart
 from loadtest.bench.inputs import default_base, prepare, tiny_base
 from loadtest.bench.machine import describe_machine
 from loadtest.bench.markdown import markdown
+from loadtest.bench.peers import PEERS, chosen_peers, hint, missing_peers, versions
 from loadtest.bench.plan import FULL, SHORT, WORKLOADS, make_plan
 from loadtest.bench.report import Report, refuse_inexact, write_json
 from loadtest.bench.results import cells_of
-from loadtest.bench.session import PARTS, Session
+from loadtest.bench.session import OWN_PARTS, Session
 from loadtest.errors import LoadtestError
 
 _SHORT_WORKLOADS = ("W2", "W3")
@@ -35,8 +36,9 @@ _SHORT_WORKLOADS = ("W2", "W3")
     "--part",
     "parts",
     multiple=True,
-    type=click.Choice(PARTS),
-    help="Measure only this; may be repeated. PEFT judges in any case.",
+    type=click.Choice([*OWN_PARTS, *(peer.part for peer in PEERS)]),
+    help="Measure only this; may be repeated. PEFT judges in any case. "
+    "[default: ours, PEFT and the peers that are installed; short: no peers]",
 )
 @click.option(
     "--base",
@@ -51,7 +53,7 @@ _SHORT_WORKLOADS = ("W2", "W3")
     show_default=True,
 )
 def main(**options: Any) -> None:
-    """Compare this project's server and engine with plain PEFT, and write BENCH.md.
+    """Compare this project's server and engine with plain PEFT and other servers: BENCH.md.
 
     Fails when something cannot run or an answer of ours is not exact, never on a time.
     """
@@ -76,28 +78,33 @@ def bench(
     sizes = SHORT if short else FULL
     names = workloads.split(",") if workloads else _SHORT_WORKLOADS if short else tuple(WORKLOADS)
     num_rounds = rounds or (1 if short else 5)
-    cache = out / "cache"
+    cache, homes = out / "cache", out / "peers"
+    peers = chosen_peers(parts, homes, is_short=short)
+    missing = [] if parts or short else missing_peers(PEERS, homes)
     _say("preparing base, adapters and prompts")
     inputs = prepare(base or (tiny_base(cache) if short else default_base()), sizes, cache)
     plan = make_plan(inputs.prompts, sizes, num_rounds, names)
     with ExitStack() as stack:
         session = Session(stack, plan, inputs, out, threads, _say)
-        contestants = session.start(parts or PARTS)
+        contestants = session.start(parts or OWN_PARTS, peers)
         results = session.take_turns(contestants)
         results = session.judged(results)
-        session.note_memory()
+        reach = session.reach()
     report = Report(
         conditions={
             "date": datetime.now(UTC).date().isoformat(),
             **describe_machine(),
             "threads": session.peft.ready["threads"],
             "versions": {**session.peft.ready["versions"], "vbserve": version("vbserve")},
+            **({"peers": versions(peers, homes)} if peers else {}),
+            **({"other servers": hint(missing)} if missing else {}),
         },
         sizes=sizes,
         num_rounds=num_rounds,
         cells=cells_of(results),
         rounds=results,
         lifecycle=session.lifecycle,
+        reach=reach,
     )
     _write(out, report)
     refuse_inexact(report)

@@ -9,7 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from loadtest.bench.contestants import OURS_ENGINE, OURS_HTTP, PEFT_MIXED, PEFT_SINGLE
+from loadtest.bench.contestants import (
+    LLAMA_F32,
+    LLAMA_Q8,
+    OPENVINO,
+    OURS_ENGINE,
+    OURS_HTTP,
+    PEFT_MIXED,
+    PEFT_SINGLE,
+    VLLM,
+)
 from loadtest.bench.report import Report
 from loadtest.bench.results import Cell
 from loadtest.stats import Distribution
@@ -19,9 +28,14 @@ _COLOURS = {
     OURS_ENGINE: "#7fb2e5",
     PEFT_MIXED: "#d9822b",
     PEFT_SINGLE: "#f0c08c",
+    VLLM: "#7a4fa3",
+    LLAMA_F32: "#3f8f5b",
+    LLAMA_Q8: "#9fd0a9",
+    OPENVINO: "#b8434e",
 }
 _OTHER, _INK = "#9aa5b1", "#222222"
 _GROUP_WIDTH = 0.82
+_LEGEND_COLUMNS = 4
 
 
 def write_chart(path: Path, report: Report) -> None:
@@ -68,19 +82,26 @@ def _places(report: Report) -> list[tuple[float, float, str, Cell]]:
 
 def _throughput(axes: Axes, report: Report) -> None:
     _style(axes, report, "Output tokens a second (bars: median; dots: rounds)", "tok/s")
-    for x, width, name, cell in _places(report):
+    places = _places(report)
+    for x, width, name, cell in places:
         axes.bar(x, cell.tokens_per_second, width, color=_COLOURS.get(name, _OTHER))
         axes.plot([x] * len(cell.rounds), cell.rounds, ".", color=_INK, markersize=4, alpha=0.6)
         top = max(cell.rounds)
         text = f"{cell.tokens_per_second:.0f}"
         axes.annotate(
-            text, (x, top), (0, 4), textcoords="offset points", ha="center", fontsize=8, color=_INK
+            text,
+            (x, top),
+            (0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8 if len(places) < 25 else 6.5,
+            color=_INK,
         )
     for name in report.contestants:
         axes.bar(0, 0, color=_COLOURS.get(name, _OTHER), label=name)
     axes.margins(y=0.12)
-    axes.legend(loc="upper left", fontsize=8, frameon=False, ncols=len(report.contestants))
-    axes.set_ylim(top=axes.get_ylim()[1] * 1.1)
+    axes.legend(loc="upper left", fontsize=8, frameon=False, ncols=_LEGEND_COLUMNS)
+    axes.set_ylim(top=axes.get_ylim()[1] * (1.1 if len(report.contestants) <= 4 else 1.2))
 
 
 def _latency(axes: Axes, report: Report, title: str, *, first: bool) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import uvloop
 
-from loadtest.bench.plan import Wave
+from loadtest.bench.plan import BenchRequest, Wave
 from loadtest.bench.processes import ScriptPeer
-from loadtest.bench.server import BASE_NAME, VbserveServer, adapter_id
+from loadtest.bench.server import BASE_NAME, adapter_id
 from loadtest.client import ClientOptions, CompletionsClient
+from loadtest.dialects import OPENAI, Dialect
 from loadtest.drivers import closed_loop
 from loadtest.errors import BenchError
 from loadtest.live import LiveCounts
@@ -21,9 +22,13 @@ from loadtest.workload import PlannedRequest
 
 PEFT_MIXED, PEFT_SINGLE = "PEFT, mixed batch", "PEFT, one at a time"
 OURS_HTTP, OURS_ENGINE = "vbserve over HTTP", "vbserve's engine alone"
+VLLM, LLAMA_F32, LLAMA_Q8 = "vLLM, fp32", "llama.cpp, F32", "llama.cpp, Q8_0"
+OPENVINO = "OpenVINO GenAI, fp32"
 
-
-ORDER = (OURS_HTTP, OURS_ENGINE, PEFT_MIXED, PEFT_SINGLE)
+OURS = (OURS_HTTP, OURS_ENGINE)
+EXACT = (*OURS, PEFT_MIXED, PEFT_SINGLE)
+PEER_NAMES = (VLLM, LLAMA_F32, LLAMA_Q8, OPENVINO)
+ORDER = (*EXACT, *PEER_NAMES)
 
 
 @dataclass(frozen=True)
@@ -91,36 +96,82 @@ def _record(row: dict[str, Any], wave: Wave) -> RequestRecord:
 
 @dataclass(frozen=True)
 class HttpContestant:
-    """The server, through the same client and closed loop as `vbserve loadtest`."""
+    """A server at `url`, through the same client and closed loop as `vbserve loadtest`."""
 
     name: str
     workloads: frozenset[str]
-    server: VbserveServer
+    url: str
+    dialect: Dialect = OPENAI
 
     def run(self, wave: Wave, max_tokens: int) -> WaveResult:
         """Send the wave over HTTP."""
         planned = [
-            PlannedRequest(
-                request.index,
-                BASE_NAME if request.adapter is None else adapter_id(request.adapter),
-                request.prompt,
-                max_tokens,
-            )
+            PlannedRequest(request.index, model_of(request), request.prompt, max_tokens)
             for request in wave.requests
         ]
-        records = uvloop.run(self._send(planned, wave.num_clients))
+        records = self._exchange(planned, wave)
+        wall_seconds = max(record.chunk_times[-1] for record in records)
+        if not self.dialect.streams_all_ids:
+            self._complete_ids(records, planned, wave)
+        return WaveResult(tuple(records), wall_seconds)
+
+    def _complete_ids(
+        self, records: list[RequestRecord], planned: list[PlannedRequest], wave: Wave
+    ) -> None:
+        """Ask again without streaming, after the time was taken, where ids were not streamed."""
+        lacking = [n for n, r in enumerate(records) if len(r.token_ids) < r.num_tokens]
+        if lacking:
+            again = self._exchange([planned[n] for n in lacking], wave, stream=False)
+            for number, whole in zip(lacking, again, strict=True):
+                records[number].token_ids = whole.token_ids
+
+    def _exchange(
+        self, planned: Sequence[PlannedRequest], wave: Wave, *, stream: bool = True
+    ) -> list[RequestRecord]:
+        """Records in the order of `planned`. Raises BenchError when a request fails."""
+        records = uvloop.run(self._send(planned, wave.num_clients, stream))
         failed = next((record for record in records if record.error), None)
         if failed is not None:
-            raise BenchError(f"{wave.workload}: {failed.error} for {failed.model}: {failed.detail}")
-        wall_seconds = max(record.chunk_times[-1] for record in records)
+            raise BenchError(
+                f"{self.name}, {wave.workload}: {failed.error} for {failed.model}: {failed.detail}"
+            )
         order = {request.index: place for place, request in enumerate(planned)}
-        return WaveResult(tuple(sorted(records, key=lambda r: order[r.index])), wall_seconds)
+        return sorted(records, key=lambda record: order[record.index])
 
     async def _send(
-        self, planned: Sequence[PlannedRequest], num_clients: int
+        self, planned: Sequence[PlannedRequest], num_clients: int, stream: bool
     ) -> list[RequestRecord]:
         clock = Stopwatch()
-        options = ClientOptions(self.server.url)
-        async with CompletionsClient(options, clock, LiveCounts()) as client:
+        options = ClientOptions(self.url, stream=stream)
+        async with CompletionsClient(options, clock, LiveCounts(), self.dialect) as client:
             clock.restart()
             return await closed_loop(client.complete, planned, num_clients, lambda: False)
+
+
+@dataclass(frozen=True)
+class SplitContestant:
+    """A peer in two processes: `base` was started without adapters, which makes it faster."""
+
+    name: str
+    workloads: frozenset[str]
+    base: Contestant
+    adapters: Contestant
+
+    def run(self, wave: Wave, max_tokens: int) -> WaveResult:
+        """Hand the wave to the process that is made for it."""
+        with_adapters = any(request.adapter is not None for request in wave.requests)
+        return (self.adapters if with_adapters else self.base).run(wave, max_tokens)
+
+
+def model_of(request: BenchRequest) -> str:
+    """The name under which every HTTP server knows what a request asks for."""
+    return BASE_NAME if request.adapter is None else adapter_id(request.adapter)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A contestant that runs; the other two are of the process that serves its adapters."""
+
+    contestant: Contestant
+    start_seconds: float
+    pss_bytes: Callable[[], int | None]

@@ -39,7 +39,7 @@ def tiny_base(cache: Path) -> Path:
     """A base for the short mode."""
     script = (PEERS / "make_tiny_base.py").read_bytes()
     target = cache / f"tiny-base-{_hash(script, *_library_versions())}"
-    _make_once(target, lambda partial: run_script("make_tiny_base.py", partial))
+    make_once(target, lambda partial: run_script("make_tiny_base.py", partial))
     return target
 
 
@@ -60,7 +60,7 @@ def prepare(base: Path, sizes: BenchSizes, cache: Path) -> Inputs:
     context = _hash(config, *weights, script, json.dumps(shape), *_library_versions())
     adapters = cache / f"adapters-{context}"
     flags = [part for pair in shape.items() for part in pair]
-    _make_once(adapters, lambda partial: run_script("make_adapters.py", base, partial, *flags))
+    make_once(adapters, lambda partial: run_script("make_adapters.py", base, partial, *flags))
     prompts = _prompts(base, sizes, cache, _hash(tokenizer))
     return Inputs(base, adapters, prompts, context)
 
@@ -75,7 +75,7 @@ def _prompts(base: Path, sizes: BenchSizes, cache: Path, key: str) -> tuple[Toke
     return tuple(tuple(ids) for ids in json.loads(path.read_text()))
 
 
-def _make_once(target: Path, make: Callable[[Path], object]) -> None:
+def make_once(target: Path, make: Callable[[Path], object]) -> None:
     """Make a directory beside its place and rename it, so that half of one is never used."""
     if target.is_dir():
         return

@@ -36,7 +36,7 @@ class Lifecycle:
 
 def open_server(
     stack: ExitStack, make_server: Callable[[], VbserveServer], plan: Plan, vblora: Path
-) -> tuple[HttpContestant, Lifecycle]:
+) -> tuple[VbserveServer, HttpContestant, Lifecycle]:
     """A warm server with all adapters registered, which `stack` will stop.
 
     With `sizes.restart` it is a second one on the same registry: then no cache has any adapter.
@@ -58,11 +58,11 @@ def open_server(
         contestant.run(plan.warmup, sizes.max_tokens)
         life.again_ready_seconds = server.ready_seconds
     _measure_cold(contestant, plan, life)
-    return contestant, life
+    return server, contestant, life
 
 
 def _contestant(server: VbserveServer) -> HttpContestant:
-    return HttpContestant(OURS_HTTP, frozenset(WORKLOADS), server)
+    return HttpContestant(OURS_HTTP, frozenset(WORKLOADS), server.url)
 
 
 def _measure_cold(contestant: HttpContestant, plan: Plan, life: Lifecycle) -> None:

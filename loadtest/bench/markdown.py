@@ -6,12 +6,20 @@ from collections.abc import Mapping, Sequence
 
 from loadtest.bench.lifecycle import Lifecycle
 from loadtest.bench.plan import WORKLOADS
-from loadtest.bench.report import Report, ratios
-from loadtest.bench.results import Cell
+from loadtest.bench.reach import Reach
+from loadtest.bench.report import Report, peer_ratios, ratios
+from loadtest.bench.results import Cell, ratio
 from loadtest.stats import Distribution
 
 _NOISY_CORES = 0.2
 _MIB = 2**20
+_ABOUT_PEERS = (
+    "The other servers have the plain LoRA too, and no prefix cache. vLLM and OpenVINO run twice: "
+    "without LoRA for W1, W2 and W4b, where that is faster, and with it for the rest. OpenVINO has "
+    "no server: in process, requests join its batch for the base; with adapters it takes one "
+    "adapter a call, and those that wait for the same one go together. llama.cpp keeps keys and "
+    "values in 16 bits, its default."
+)
 
 
 def markdown(report: Report) -> str:
@@ -26,6 +34,7 @@ def markdown(report: Report) -> str:
         "## Ratios of throughput",
         "Medians over the rounds of the ratio within a round.",
         _ratios(report),
+        *_beside_peers(report),
         "## Latency, ms",
         "Over the requests of all rounds.",
         _latency(report),
@@ -44,6 +53,7 @@ def _introduction(report: Report) -> str:
         f"weights as plain LoRA. {sizes.prompt_tokens} prompt tokens and {sizes.max_tokens} output "
         "tokens a request, greedy, all prompts different, end-of-text ignored. PEFT runs in "
         "process, as static batches or one request at a time; contestants took turns.",
+        *((_ABOUT_PEERS,) if report.peers else ()),
         "",
     ]
     clients = sizes.num_clients
@@ -84,6 +94,58 @@ def _exact(cells: Sequence[Cell | None]) -> str:
 def _ratios(report: Report) -> str:
     rows = [[name, f"{value:.2f}"] for name, value in ratios(report.cells).items()]
     return _table(["", "ratio"], rows) if rows else "None: no two contestants to compare."
+
+
+def _beside_peers(report: Report) -> list[str]:
+    if not report.peers:
+        return []
+    rows = [
+        [f"{ours} / {peer}", *(_ratio(row.get(workload)) for workload in report.workloads)]
+        for (ours, peer), row in peer_ratios(report.cells).items()
+    ]
+    return [
+        "### Beside other servers",
+        _table(["", *report.workloads], rows) if rows else "None: nothing of ours took part.",
+        "## Reach",
+        f"With all {report.sizes.num_adapters} adapters: until all can be asked for, memory (PSS) "
+        "after all rounds, speed with adapters by speed of the base, and how much longer than half "
+        "of the requests the unluckiest waited for their first token (p99 by p50). Where a peer "
+        "runs twice, start and memory are of the process with adapters.",
+        _reach(report),
+    ]
+
+
+def _reach(report: Report) -> str:
+    rows = []
+    for name in report.contestants:
+        reach = report.reach.get(name, Reach(None, None))
+        waits = (report.cells.get((name, workload)) for workload in ("W3", "W4"))
+        shares = (
+            ratio(report.cells, (name, adapters), (name, base))
+            for adapters, base in (("W3", "W2"), ("W4", "W4b"))
+        )
+        rows.append(
+            [
+                name,
+                _seconds(reach.start_seconds),
+                _mib(reach.pss_bytes),
+                *map(_ratio, shares),
+                *map(_wait, waits),
+            ]
+        )
+    headers = ["", "start", "memory", "W3 / W2", "W4 / W4b", "W3 wait", "W4 wait"]
+    return _table(headers, rows)
+
+
+def _wait(cell: Cell | None) -> str:
+    """p99 by p50 of the time to first token."""
+    if cell is None or not cell.ttft.p50 or cell.ttft.p99 is None:
+        return "-"
+    return f"{cell.ttft.p99 / cell.ttft.p50:.1f} ×"  # noqa: RUF001 - a sign of multiplication
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _latency(report: Report) -> str:

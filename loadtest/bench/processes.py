@@ -12,14 +12,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from loadtest.bench.machine import pss_bytes
 from loadtest.errors import BenchError
 
 PEERS = Path(__file__).parent.parent / "peers"
+_ROOT = PEERS.parent.parent
 _LOG_CHARS = 2000
 _END_SECONDS = 15.0
 
@@ -31,11 +34,17 @@ def run_script(name: str, *arguments: object) -> str:
 
 def run_python(arguments: Sequence[str]) -> str:
     """Run this interpreter with `arguments`; returns standard output. Raises BenchError."""
-    done = subprocess.run(  # noqa: S603 - our own scripts
-        [sys.executable, *arguments], capture_output=True, text=True, check=False
+    return run_command([sys.executable, *arguments])
+
+
+def run_command(command: Sequence[object], environment: Mapping[str, str] | None = None) -> str:
+    """Run a program to its end; returns standard output. Raises BenchError."""
+    words = [str(word) for word in command]
+    done = subprocess.run(  # noqa: S603 - our own scripts, and programs of installed peers
+        words, capture_output=True, text=True, check=False, env=environment
     )
     if done.returncode:
-        raise BenchError(f"{' '.join(arguments)} failed:\n{done.stderr[-_LOG_CHARS:]}")
+        raise BenchError(f"{' '.join(words[:8])} failed:\n{done.stderr[-_LOG_CHARS:]}")
     return done.stdout
 
 
@@ -61,20 +70,31 @@ def end_process(process: subprocess.Popen[Any], *, group: bool, seconds: float) 
 class ScriptPeer:
     """One of the peer scripts as a running process. `ready` is what it said once loaded.
 
+    `python` is another environment's interpreter; the script finds this package from there too.
     Raises BenchError when the process ends, or takes longer than `timeout_seconds` to answer.
     """
 
     def __init__(
-        self, script: str, arguments: Sequence[object], log: Path, timeout_seconds: float = 1800.0
+        self,
+        script: str,
+        arguments: Sequence[object],
+        log: Path,
+        timeout_seconds: float = 1800.0,
+        python: Path | None = None,
     ) -> None:
         self._script, self._log, self._timeout = script, log, timeout_seconds
-        self._arguments = [str(PEERS / script), *map(str, arguments)]
+        interpreter = str(python or sys.executable)
+        self._command = [interpreter, str(PEERS / script), *map(str, arguments)]
+        self._environment = None if python is None else {**os.environ, "PYTHONPATH": str(_ROOT)}
         self.ready: Mapping[str, Any] = {}
+        self.ready_seconds = 0.0
 
     def __enter__(self) -> Self:
+        start = time.perf_counter()
         self._stderr = self._log.open("w")
         self._process = subprocess.Popen(  # noqa: S603 - our own script
-            [sys.executable, *self._arguments],
+            self._command,
+            env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -85,7 +105,12 @@ class ScriptPeer:
         except BaseException:
             self.__exit__(None, None, None)
             raise
+        self.ready_seconds = time.perf_counter() - start
         return self
+
+    def pss_bytes(self) -> int | None:
+        """Memory of the script and its processes."""
+        return pss_bytes(self._process.pid)
 
     def __exit__(
         self,

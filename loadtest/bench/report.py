@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from loadtest.bench.contestants import ORDER, OURS_ENGINE, OURS_HTTP, PEFT_MIXED, PEFT_SINGLE
+from loadtest.bench.contestants import (
+    EXACT,
+    ORDER,
+    OURS,
+    OURS_ENGINE,
+    OURS_HTTP,
+    PEER_NAMES,
+    PEFT_MIXED,
+    PEFT_SINGLE,
+)
 from loadtest.bench.lifecycle import Lifecycle
 from loadtest.bench.plan import WORKLOADS, BenchSizes
+from loadtest.bench.reach import Reach
 from loadtest.bench.results import Cells, RoundResult, ratio
 from loadtest.errors import BenchError
 
@@ -25,12 +35,18 @@ class Report:
     cells: Cells
     rounds: Sequence[RoundResult]
     lifecycle: Lifecycle | None
+    reach: Mapping[str, Reach] = field(default_factory=dict)
 
     @property
     def contestants(self) -> list[str]:
         """Names of those that took part, ours first."""
         there = {contestant for contestant, _ in self.cells}
         return [name for name in ORDER if name in there]
+
+    @property
+    def peers(self) -> list[str]:
+        """Names of the other servers that took part."""
+        return [name for name in self.contestants if name in PEER_NAMES]
 
     @property
     def workloads(self) -> list[str]:
@@ -49,7 +65,7 @@ def peft_of(cells: Cells, workload: str) -> tuple[str, str] | None:
 def ratios(cells: Cells) -> dict[str, float]:
     """All ratios of throughput by a readable name."""
     found: dict[str, float | None] = {}
-    for ours in (OURS_HTTP, OURS_ENGINE):
+    for ours in OURS:
         for workload in WORKLOADS:
             peft = peft_of(cells, workload)
             if peft is not None:
@@ -63,6 +79,18 @@ def ratios(cells: Cells) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def peer_ratios(cells: Cells) -> dict[tuple[str, str], dict[str, float]]:
+    """Throughput of ours by each other server's: (ours, peer) → workload → ratio."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for ours in OURS:
+        for peer in PEER_NAMES:
+            for workload in WORKLOADS:
+                value = ratio(cells, (ours, workload), (peer, workload))
+                if value is not None:
+                    found.setdefault((ours, peer), {})[workload] = value
+    return found
+
+
 def write_json(path: Path, report: Report) -> None:
     """Write conditions, sizes, figures, and every round with its load and verdicts."""
     content = {
@@ -70,7 +98,11 @@ def write_json(path: Path, report: Report) -> None:
         "sizes": asdict(report.sizes),
         "cells": list(report.cells.values()),
         "ratios": ratios(report.cells),
+        "peer_ratios": {
+            f"{ours} / {peer}": row for (ours, peer), row in peer_ratios(report.cells).items()
+        },
         "lifecycle": report.lifecycle,
+        "reach": report.reach,
         "rounds": [_row(one) for one in report.rounds],
     }
     path.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
@@ -89,14 +121,14 @@ def _row(one: RoundResult) -> dict[str, object]:
 
 
 def refuse_inexact(report: Report) -> None:
-    """Raise BenchError if anybody's answers differ from PEFT's.
+    """Raise BenchError if our answers differ from PEFT's; other servers' may, and are reported.
 
     PEFT's own included: where it disagrees with its own judgement, the judge is broken.
     """
     bad = [
         f"{cell.contestant} on {cell.workload}: {cell.exact:.3f} exact"
         for cell in report.cells.values()
-        if cell.exact is not None and cell.exact < 1.0
+        if cell.contestant in EXACT and cell.exact is not None and cell.exact < 1.0
     ]
     if bad:
         raise BenchError("answers differ from PEFT's: " + "; ".join(bad))

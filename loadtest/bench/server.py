@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import aiohttp
 
-from loadtest.bench.machine import pss_bytes
-from loadtest.bench.processes import end_process, log_tail
+from loadtest.bench.server_process import ServerProcess, free_port
 from loadtest.errors import BenchError
 
 BASE_NAME = "base"
-_POLL_SECONDS = 0.05
-_END_SECONDS = 40.0
 
 
 def adapter_id(number: int) -> str:
@@ -42,11 +37,9 @@ class VbserveServer:
     log: Path
     flags: Sequence[str] = ()
     ready_within_seconds: float = 300.0
-    ready_seconds: float = 0.0
 
     def __enter__(self) -> Self:
-        port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        port = free_port()
         command = [
             *_vbserve(),
             "serve",
@@ -64,22 +57,17 @@ class VbserveServer:
             str(port),
             *self.flags,
         ]
-        start = time.perf_counter()
-        self._log = self.log.open("a")
-        self._process = subprocess.Popen(  # noqa: S603 - our own command
+        self._process = ServerProcess(
+            "vbserve serve",
             command,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env=_clean_environment(),
-            process_group=0,  # not a session of its own, see ARCHITECTURE.md on autogroups
+            _clean_environment(),
+            port,
+            "/readyz",
+            self.log,
+            self.ready_within_seconds,
         )
-        try:
-            asyncio.run(self._wait_ready(start + self.ready_within_seconds))
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        self.ready_seconds = time.perf_counter() - start
+        self._process.__enter__()
+        self.url = self._process.url
         return self
 
     def __exit__(
@@ -88,28 +76,16 @@ class VbserveServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        end_process(self._process, group=True, seconds=_END_SECONDS)
-        self._log.close()
+        self._process.__exit__(kind, error, trace)
+
+    @property
+    def ready_seconds(self) -> float:
+        """From its start to the first answer that it is ready."""
+        return self._process.ready_seconds
 
     def pss_bytes(self) -> int | None:
         """Memory of the server and all its processes."""
-        return pss_bytes(self._process.pid)
-
-    async def _wait_ready(self, deadline: float) -> None:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
-            while not await self._is_ready(session):
-                if self._process.poll() is not None:
-                    raise BenchError(f"vbserve serve ended at start:\n{log_tail(self.log)}")
-                if time.perf_counter() > deadline:
-                    raise BenchError(f"vbserve serve is not ready:\n{log_tail(self.log)}")
-                await asyncio.sleep(_POLL_SECONDS)
-
-    async def _is_ready(self, session: aiohttp.ClientSession) -> bool:
-        try:
-            async with session.get(f"{self.url}/readyz") as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
+        return self._process.pss_bytes()
 
     def register(self, numbers: Sequence[int], vblora: Path) -> list[float]:
         """Upload PEFT directories one after the other; seconds of each POST /v1/adapters."""
@@ -139,17 +115,10 @@ def _vbserve() -> list[str]:
     return [str(script)]
 
 
-def _clean_environment() -> dict[str, Any]:
+def _clean_environment() -> dict[str, str]:
     """Without VBSERVE_* settings of the user's own, except where the cache lies."""
     return {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("VBSERVE_") or name == "VBSERVE_CACHE_DIR"
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

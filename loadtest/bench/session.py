@@ -11,21 +11,26 @@ from pathlib import Path
 
 from loadtest.bench.contestants import (
     OURS_ENGINE,
+    OURS_HTTP,
     PEFT_MIXED,
     PEFT_SINGLE,
     Contestant,
     ScriptContestant,
+    Started,
 )
 from loadtest.bench.exactness import Judge, Output
 from loadtest.bench.inputs import Inputs
 from loadtest.bench.lifecycle import Lifecycle, open_server
 from loadtest.bench.machine import measured_load
+from loadtest.bench.peer_room import PeerRoom
+from loadtest.bench.peers import Peer, start_warm
 from loadtest.bench.plan import WORKLOADS, Plan, Wave
 from loadtest.bench.processes import ScriptPeer
+from loadtest.bench.reach import Reach
 from loadtest.bench.results import RoundResult
 from loadtest.bench.server import VbserveServer
 
-PARTS = ("peft", "engine", "http")
+OWN_PARTS = ("peft", "engine", "http")
 
 
 class Session:
@@ -43,9 +48,10 @@ class Session:
         self._stack, self._plan, self._inputs, self._out = stack, plan, inputs, out
         self._threads, self._say = threads, say
         self._server: VbserveServer | None = None
+        self._started: dict[str, Started] = {}
         self.lifecycle: Lifecycle | None = None
 
-    def start(self, parts: Sequence[str]) -> list[Contestant]:
+    def start(self, parts: Sequence[str], peers: Sequence[Peer]) -> list[Contestant]:
         """Start and warm the wanted contestants, and the judge."""
         contestants: list[Contestant] = []
         if "http" in parts:  # first, while nothing else takes memory
@@ -61,7 +67,14 @@ class Session:
             contestants += self._peft_contestants()
         for contestant in contestants:
             contestant.run(self._plan.warmup, self._plan.sizes.max_tokens)
-        return contestants
+        return contestants + self._start_peers(peers)
+
+    def _start_peers(self, peers: Sequence[Peer]) -> list[Contestant]:
+        room = PeerRoom(self._inputs, self._plan, self._out, self._threads)
+        for peer in peers:
+            self._say(f"starting {peer.name}")
+            self._started[peer.name] = start_warm(peer, self._stack, room)
+        return [started.contestant for started in self._started.values()]
 
     def _peft_contestants(self) -> list[Contestant]:
         """Batches where there is something to batch; a single stream its own, faster way."""
@@ -77,13 +90,12 @@ class Session:
         log = self._out / "server.log"
         log.unlink(missing_ok=True)
         flags = ["--num-threads", str(self._threads)] if self._threads else []
-        contestant, self.lifecycle = open_server(
+        self._server, contestant, self.lifecycle = open_server(
             self._stack,
             lambda: VbserveServer(self._inputs.base, registry, log, flags),
             self._plan,
             self._inputs.adapters / "vblora",
         )
-        self._server = contestant.server
         return contestant
 
     def _script(self, name: str) -> ScriptPeer:
@@ -140,10 +152,16 @@ class Session:
             for one, wave in zip(results, outputs, strict=True)
         ]
 
-    def note_memory(self) -> None:
-        """After everything was used."""
+    def reach(self) -> dict[str, Reach]:
+        """Start and memory of every server, by contestant; after everything was used."""
+        found = {}
         if self.lifecycle is not None and self._server is not None:
             self.lifecycle.pss_end_bytes = self._server.pss_bytes()
+            seconds = self.lifecycle.again_ready_seconds
+            found[OURS_HTTP] = Reach(seconds, self.lifecycle.pss_end_bytes)
+        for name, started in self._started.items():
+            found[name] = Reach(started.start_seconds, started.pss_bytes())
+        return found
 
 
 def _rotated(contestants: Sequence[Contestant], number: int) -> list[Contestant]:

@@ -26,7 +26,6 @@ from loadtest.bench.plan import FULL, SHORT, WORKLOADS, BenchRequest, Plan, Wave
 from loadtest.bench.processes import ScriptPeer, run_python
 from loadtest.bench.report import Report, ratios, refuse_inexact, write_json
 from loadtest.bench.results import RoundResult, cells_of, ratio
-from loadtest.bench.server import VbserveServer
 from loadtest.errors import BenchError
 from loadtest.records import RequestRecord
 from loadtest.stats import distribution
@@ -154,16 +153,15 @@ def test_a_difference_counts_unless_peft_itself_was_undecided() -> None:
 
 
 def test_http_contestant_takes_the_closed_loop(completions_server: CompletionsServer) -> None:
-    server = VbserveServer(Path(), Path(), Path())
-    server.url = completions_server.url
+    contestant = HttpContestant(OURS_HTTP, frozenset(), completions_server.url)
     requests = tuple(BenchRequest(n, (1, 2, 3), None) for n in (5, 3, 8, 1))
-    result = HttpContestant(OURS_HTTP, frozenset(), server).run(Wave("W2", 2, requests), 6)
+    result = contestant.run(Wave("W2", 2, requests), 6)
     assert [record.index for record in result.records] == [5, 3, 8, 1]
     assert all(record.token_ids == list(range(6)) for record in result.records)
     assert result.wall_seconds >= result.records[-1].chunk_times[0]
     wave = Wave("W1a", 1, (BenchRequest(0, (1,), 77),))
     with pytest.raises(BenchError, match="http_404 for adapter-077"):
-        HttpContestant(OURS_HTTP, frozenset(), server).run(wave, 2)
+        contestant.run(wave, 2)
 
 
 def test_own_cpu_time_is_not_foreign() -> None:
