@@ -35,7 +35,7 @@ class Reply(Protocol):
 
 
 class Dialect(Protocol):
-    """`path` is where requests go. `streams_all_ids`: False if ids can be missing in a stream."""
+    """How to speak to one kind of server."""
 
     @property
     def path(self) -> str:
@@ -45,6 +45,11 @@ class Dialect(Protocol):
     @property
     def streams_all_ids(self) -> bool:
         """Whether a streamed answer names every token's id."""
+        ...
+
+    @property
+    def keeps_connections(self) -> bool:
+        """Whether the next request may come over the same connection."""
         ...
 
     def body(
@@ -63,6 +68,7 @@ class OpenAI:
 
     path = "/v1/completions"
     streams_all_ids = True
+    keeps_connections = True
 
     def body(
         self, request: PlannedRequest, *, stream: bool, ignore_eos: bool, token_ids: bool

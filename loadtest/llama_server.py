@@ -40,6 +40,7 @@ class LlamaServer:
     adapters: Mapping[str, int] = field(default_factory=dict)
     path: str = "/completion"
     streams_all_ids: bool = False
+    keeps_connections: bool = False  # it closes one after a stream without saying so
 
     def body(
         self, request: PlannedRequest, *, stream: bool, ignore_eos: bool, token_ids: bool
