@@ -141,7 +141,7 @@ def _wait(cell: Cell | None) -> str:
     """p99 by p50 of the time to first token."""
     if cell is None or not cell.ttft.p50 or cell.ttft.p99 is None:
         return "-"
-    return f"{cell.ttft.p99 / cell.ttft.p50:.1f} ×"  # noqa: RUF001 - a sign of multiplication
+    return f"{cell.ttft.p99 / cell.ttft.p50:.1f}"
 
 
 def _ratio(value: float | None) -> str:

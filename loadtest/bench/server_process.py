@@ -78,8 +78,8 @@ class ServerProcess:
         self._log.close()
 
     def pss_bytes(self) -> int | None:
-        """Memory of the server and all its processes."""
-        return pss_bytes(self._process.pid)
+        """Memory of the server and all its processes; None once it has ended."""
+        return pss_bytes(self._process.pid) if self._process.poll() is None else None
 
     async def _wait_ready(self, deadline: float) -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
