@@ -1,4 +1,4 @@
-"""The bench: this project's server, its bare engine and plain PEFT on the same work, side by side.
+"""The bench: this project's server, its bare engine, plain PEFT and other servers, side by side.
 
     python -m loadtest.bench          the whole of it
     python -m loadtest.bench --short  tiny sizes: does it run and is it exact, never how fast
