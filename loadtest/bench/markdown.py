@@ -108,9 +108,9 @@ def _beside_peers(report: Report) -> list[str]:
         _table(["", *report.workloads], rows) if rows else "None: nothing of ours took part.",
         "## Reach",
         f"With all {report.sizes.num_adapters} adapters: until all can be asked for, memory (PSS) "
-        "after all rounds, speed with adapters by speed of the base, and how much longer than half "
-        "of the requests the unluckiest waited for their first token (p99 by p50). Where a peer "
-        "runs twice, start and memory are of the process with adapters.",
+        "after all rounds, speed with adapters by speed of the base, and how long requests of W4 "
+        "wait for their first token. Where a peer runs twice, start and memory are of the process "
+        "with adapters.",
         _reach(report),
     ]
 
@@ -119,7 +119,7 @@ def _reach(report: Report) -> str:
     rows = []
     for name in report.contestants:
         reach = report.reach.get(name, Reach(None, None))
-        waits = (report.cells.get((name, workload)) for workload in ("W3", "W4"))
+        many = report.cells.get((name, "W4"))
         shares = (
             ratio(report.cells, (name, adapters), (name, base))
             for adapters, base in (("W3", "W2"), ("W4", "W4b"))
@@ -130,18 +130,18 @@ def _reach(report: Report) -> str:
                 _seconds(reach.start_seconds),
                 _mib(reach.pss_bytes),
                 *map(_ratio, shares),
-                *map(_wait, waits),
+                _pair(many.ttft if many else None),
+                _wait(many.ttft if many else None),
             ]
         )
-    headers = ["", "start", "memory", "W3 / W2", "W4 / W4b", "W3 wait", "W4 wait"]
-    return _table(headers, rows)
+    headers = ["", "start", "memory", "W3 / W2", "W4 / W4b", "W4 first token p50 / p99, ms"]
+    return _table([*headers, "p99 / p50"], rows)
 
 
-def _wait(cell: Cell | None) -> str:
-    """p99 by p50 of the time to first token."""
-    if cell is None or not cell.ttft.p50 or cell.ttft.p99 is None:
+def _wait(ttft: Distribution | None) -> str:
+    if ttft is None or not ttft.p50 or ttft.p99 is None:
         return "-"
-    return f"{cell.ttft.p99 / cell.ttft.p50:.1f}"
+    return f"{ttft.p99 / ttft.p50:.1f}"
 
 
 def _ratio(value: float | None) -> str:

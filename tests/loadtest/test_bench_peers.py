@@ -144,7 +144,7 @@ def test_the_page_compares_with_each_peer() -> None:
     page = markdown(with_peers())
     assert "| vbserve over HTTP / vLLM, fp32 | - | 0.50 | - | - | - |" in page
     assert "| vbserve over HTTP / llama.cpp, Q8_0 | - | 4.00 | - | - | - |" in page
-    assert "| llama.cpp, Q8_0 | - | 1 MiB | - | 0.50 | - | 1.0 |" in page
+    assert "| llama.cpp, Q8_0 | - | 1 MiB | - | 0.50 | 4,000.0 / 4,000.0 | 1.0 |" in page
     assert "| vbserve over HTTP | 3.0 s | 1,024 MiB |" in page
     assert "- other servers: not installed: x" in page
     assert "- peers: vllm 1" in page
