@@ -18,7 +18,7 @@ length B, K entries per sub-vector, J = K - 1, N sub-vectors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from core.model_config import BaseInfo
 _SERVED_KEYS = frozenset({"r", "num_vectors", "vector_length", "topk"})
 _BANK_NAME = "base_model.vblora_vector_bank"
 _INDEX_DTYPES = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
+_MAX_COMPARED = 8  # entries of a sub-vector that are compared in pairs, which is quadratic
 
 
 class _Geometry(NamedTuple):
@@ -157,21 +158,31 @@ def _read_topk(
 
 def _check_indices(parts: Sequence[_SubVectors], indices_NK: Tensor, num_vectors: int) -> None:
     wide_NK = indices_NK.to(torch.int64)
-    outside_N = ((wide_NK < 0) | (wide_NK >= num_vectors)).any(-1)
-    if outside_N.any():
-        name, row = _first_bad(parts, outside_N)
+    if int(wide_NK.min()) < 0 or int(wide_NK.max()) >= num_vectors:
+        name, row = _first_bad(parts, ((wide_NK < 0) | (wide_NK >= num_vectors)).any(-1))
         raise MalformedAdapterError(
             f"tensor {name}_topk_indices has the index {_outside(wide_NK[row], num_vectors)}, must "
             f"be in 0..{num_vectors - 1}"
         )
-    ordered_NK = wide_NK.sort(-1).values
-    twice_N = (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(-1)
+    twice_N = _named_twice(wide_NK)
     if twice_N.any():
         name, row = _first_bad(parts, twice_N)
         raise MalformedAdapterError(
             f"tensor {name}_topk_indices names a bank vector twice in one sub-vector: "
             f"{wide_NK[row].tolist()}"
         )
+
+
+def _named_twice(indices_NK: Tensor) -> Tensor:
+    """(N,) bool: rows with two equal entries. Comparing pairs of columns is faster than sorting."""
+    if indices_NK.shape[1] > _MAX_COMPARED:
+        ordered_NK = indices_NK.sort(-1).values
+        return (ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(-1)
+    columns = indices_NK.T.contiguous()
+    twice_N = torch.zeros(len(indices_NK), dtype=torch.bool)
+    for one, other in combinations(columns, 2):
+        twice_N |= one == other
+    return twice_N
 
 
 def _outside(indices_K: Tensor, num_vectors: int) -> int:
@@ -181,19 +192,21 @@ def _outside(indices_K: Tensor, num_vectors: int) -> int:
 def _check_weights(parts: Sequence[_SubVectors], weights_NJ: Tensor) -> None:
     """The stored weights are a softmax without its last: finite, none negative, sum at most 1."""
     wide_NJ = weights_NJ.float()
+    # parts may differ in dtype: what rounding may add to a sum is that of the coarsest
+    epsilon = max(torch.finfo(dtype).eps for dtype in {part.weights_NJ.dtype for part in parts})
+    most = 1 + max(1e-5, epsilon)
+    sum_N = wide_NJ.sum(-1)
+    if not wide_NJ.numel() or (float(wide_NJ.min()) >= 0 and float(sum_N.max()) <= most):
+        return  # NaN and infinities fail one of the two
     infinite_N = ~torch.isfinite(wide_NJ).all(-1)
     if infinite_N.any():
         name, _ = _first_bad(parts, infinite_N)
         raise MalformedAdapterError(f"tensor {name}_topk_weights has values that are not finite")
-    # parts may differ in dtype: what rounding may add to a sum is that of the coarsest
-    epsilon = max(torch.finfo(dtype).eps for dtype in {part.weights_NJ.dtype for part in parts})
-    bad_N = (wide_NJ < 0).any(-1) | (wide_NJ.sum(-1) > 1 + max(1e-5, epsilon))
-    if bad_N.any():
-        name, row = _first_bad(parts, bad_N)
-        raise MalformedAdapterError(
-            f"tensor {name}_topk_weights is no softmax: it has the weights {wide_NJ[row].tolist()} "
-            "and one that is 1 minus their sum"
-        )
+    name, row = _first_bad(parts, (wide_NJ < 0).any(-1) | (sum_N > most))
+    raise MalformedAdapterError(
+        f"tensor {name}_topk_weights is no softmax: it has the weights {wide_NJ[row].tolist()} "
+        "and one that is 1 minus their sum"
+    )
 
 
 def _first_bad(parts: Sequence[_SubVectors], bad_N: Tensor) -> tuple[str, int]:

@@ -5,6 +5,7 @@ Knows nothing of how an engine runs.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from core.kernels.cpu_ops import CpuOps
 from core.model import LlamaModel
 from core.model_config import ModelConfig, read_model_config
 from core.ops import Ops, TorchOps
-from core.weights import load_weights
+from core.weights import ModelWeights, load_weights
 
 
 def load_engine(
@@ -32,9 +33,23 @@ def load_engine(
         torch.set_num_threads(config.num_threads)
     device, dtype = resolve_placement(config)
     model_config = read_model_config(Path(path))
-    weights = load_weights(Path(path), model_config, device, dtype)
+    weights = _load_weights(Path(path), model_config, device, dtype)
     ops = make_ops(model_config, device, dtype, compiled=config.compiled_kernels)
     return Engine(LlamaModel(model_config, weights, ops), config, factor_source)
+
+
+def _load_weights(
+    path: Path, model_config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> ModelWeights:
+    """On the CPU in a thread that ends with it, since packing computes with several threads.
+
+    OpenMP keeps a pool for each thread that has done so; with more pooled threads than cores
+    (GNU's) they sleep between any two parallel loops of a step instead of spinning.
+    """
+    if device.type != "cpu":
+        return load_weights(path, model_config, device, dtype)
+    with ThreadPoolExecutor(1, "load-weights") as passing:
+        return passing.submit(load_weights, path, model_config, device, dtype).result()
 
 
 def make_ops(

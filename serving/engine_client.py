@@ -37,10 +37,6 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def prepare_adapter(self, digest: str) -> None:
-        """Let every replica load the compact form of a new adapter. Best effort, never raises."""
-        ...
-
     async def metric_pages(self) -> Mapping[str, Page]:
         """The metrics of every replica that answers, by replica name; see `serving.metrics`."""
         ...

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Mapping
 from core.engine import Engine
 from core.engine_thread import EngineThread
 from core.errors import CoreError
-from core.factors import FactorSource
 from core.requests import FinishReason, GenerationRequest, RequestOutput
 from serving.engine_client import EngineDiedError
 from serving.metrics import EngineMetrics
@@ -26,12 +25,11 @@ class InProcessEngineClient:
         self,
         engine: Engine,
         *,
-        factors: FactorSource | None = None,
         metrics: EngineMetrics | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(engine, self._on_step)
-        self._factors, self._metrics = factors, metrics
+        self._metrics = metrics
         self._queues: dict[str, asyncio.Queue[RequestOutput]] = {}
 
     async def __aenter__(self) -> InProcessEngineClient:
@@ -61,11 +59,6 @@ class InProcessEngineClient:
         finally:
             del self._queues[request.request_id]
             self._thread.abort(request.request_id)
-
-    async def prepare_adapter(self, digest: str) -> None:
-        """See `EngineClient.prepare_adapter`."""
-        if self._factors is not None:
-            self._factors.prefetch(digest)
 
     async def metric_pages(self) -> Mapping[str, Page]:
         """See `EngineClient.metric_pages`."""

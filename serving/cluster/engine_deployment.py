@@ -84,10 +84,6 @@ class EngineReplica:
             del self._running[request.request_id]
         return encode(GenerateResult(self._process, output))
 
-    async def prepare(self, digest: str) -> None:
-        """Read a new adapter from the store before its first request comes."""
-        self._cache.prefetch(digest)
-
     async def max_model_len(self) -> int:
         """Tokens that one sequence may have here, prompt and output together."""
         return self._thread.engine.max_model_len

@@ -57,10 +57,6 @@ class RayEngineClient:
             if not finished:
                 response.cancel()
 
-    async def prepare_adapter(self, digest: str) -> None:
-        """See `EngineClient.prepare_adapter`."""
-        await _ask_all(self._engines, "prepare", digest)
-
     async def metric_pages(self) -> Mapping[str, Page]:
         """See `EngineClient.metric_pages`: a page per engine replica and per ingress replica."""
         answers = await asyncio.gather(
@@ -87,10 +83,10 @@ async def _await_result(response: DeploymentResponse, stream: RequestStream) -> 
         stream.fail(error)
 
 
-async def _ask_all(deployment: DeploymentHandle, method: str, *args: object) -> list[Any]:
+async def _ask_all(deployment: DeploymentHandle, method: str) -> list[Any]:
     """The answers of all replicas that give one; a warning for each that does not."""
     try:
-        answers = await deployment.broadcast(method, *args).results_async(
+        answers = await deployment.broadcast(method).results_async(
             timeout_s=_ANSWER_SECONDS, return_exceptions=True
         )
     except (TimeoutError, RayError, RayServeException) as error:

@@ -69,7 +69,7 @@ def adapters_router(services: Services) -> APIRouter:
 
 
 class _Registrar:
-    """Adds adapters to the store, few at a time, and tells the engines."""
+    """Adds adapters to the store, few at a time."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -90,7 +90,6 @@ class _Registrar:
                 replace=replace,
                 allowed_root=allowed_root,
             )
-        await services.engines.prepare_adapter(record.digest)
         return json_response(adapter_object(services, record), 201 if created else 200)
 
 

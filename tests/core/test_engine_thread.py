@@ -1,5 +1,7 @@
 """The engine's thread: many callers, one stepper, no request without an end."""
 
+import subprocess  # a process of its own has no other threads
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from tiny_models import (
     reference_greedy,
     request,
     small_engine,
+    write_tiny_llama,
 )
 
 from core.engine_thread import EngineThread
@@ -368,3 +371,43 @@ def test_a_request_that_comes_during_an_idle_step_is_seen_at_once(
     thread.start()
     listener.wait_until_ended("a")
     assert len(listener.results["a"].token_ids) == 2
+
+
+_COUNT_THREADS = """
+import os, sys, threading
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[2])
+from tiny_models import greedy, random_prompt, request
+from core.engine_config import EngineConfig
+from core.loading import load_engine
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(3)
+at_first = count()
+engine = load_engine(sys.argv[1], EngineConfig(device="cpu", kv_cache_bytes=1 << 24, num_threads=3))
+engine.add(request("a", random_prompt(1, 200), greedy(2)))
+
+def run():
+    while engine.has_work:
+        engine.step()
+    print(at_first, loaded, count())
+
+loaded = count()
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_loading_leaves_no_pool_of_threads_beside_the_one_that_steps(tmp_path: Path) -> None:
+    """Two pools have more threads than cores: OpenMP's would sleep instead of spinning."""
+    base = write_tiny_llama(tmp_path / "wide", hidden_size=512, intermediate_size=1024)
+    script = [sys.executable, "-c", _COUNT_THREADS, str(base), str(Path(__file__).parent)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=120)
+    at_first, loaded, stepping = map(int, done.stdout.split())
+    assert loaded == at_first, "loading has left threads"
+    assert stepping == at_first + 3, "the one that steps makes a pool of three"

@@ -45,7 +45,6 @@ class FakeEngine:
     requests: list[GenerationRequest] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    prepared: list[str] = field(default_factory=list)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestOutput, None]:
         self.requests.append(request)
@@ -72,9 +71,6 @@ class FakeEngine:
         finally:
             if not ended:
                 self.aborted.append(request.request_id)
-
-    async def prepare_adapter(self, digest: str) -> None:
-        self.prepared.append(digest)
 
     async def metric_pages(self) -> Mapping[str, Page]:
         return self.pages

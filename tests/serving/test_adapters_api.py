@@ -34,7 +34,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-async def test_an_upload_registers_and_prepares(client, store, engine, peft_adapters):
+async def test_an_upload_registers(client, store, engine, peft_adapters):
     response = await upload(client, peft_adapters / "two", "two")
     assert response.status_code == 201
     record = store.resolve("two")
@@ -52,7 +52,6 @@ async def test_an_upload_registers_and_prepares(client, store, engine, peft_adap
         "factor_bytes": record.factor_bytes,
         "created": record.created,
     }
-    assert engine.prepared == [record.digest]
 
 
 async def test_a_new_adapter_answers_at_once(client, store, engine, peft_adapters):
@@ -170,7 +169,6 @@ async def test_an_id_that_cannot_name_an_adapter(client, engine, peft_adapters, 
     response = await upload(client, peft_adapters / "one", adapter_id)
     assert response.status_code == 422
     assert error_of(response)["code"] == "invalid_adapter_id"
-    assert engine.prepared == []
 
 
 @pytest.mark.parametrize(

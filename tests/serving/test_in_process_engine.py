@@ -49,7 +49,7 @@ def real_engine(tiny_model: Path, cache: FactorCache) -> Engine:
 @pytest.fixture
 async def engines(real_engine: Engine, cache: FactorCache) -> AsyncIterator[InProcessEngineClient]:
     metrics = EngineMetrics(AdapterLabels(BASE, 4), EngineState)
-    async with InProcessEngineClient(real_engine, factors=cache, metrics=metrics) as engines:
+    async with InProcessEngineClient(real_engine, metrics=metrics) as engines:
         cache.set_on_ready(engines.wake)
         yield engines
 
