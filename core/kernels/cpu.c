@@ -34,12 +34,6 @@ static inline float exp_of_nonpositive(float x) {
     return p * scale.f;
 }
 
-static inline float dot(const float *restrict a, const float *restrict b, int64_t n) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
 /* out[t] = x[t] / rms(x[t]) * weight, after x[t] += delta[t] where delta is given. */
 void rms_norm(float *x, const float *delta, const float *weight, float *out, int64_t rows,
               int64_t width, float eps, int num_threads) {
@@ -96,39 +90,112 @@ void rotate_and_store(float *qkv, const float *cosines, const float *sines, cons
     }
 }
 
-/* One query row per sequence over its pages: out = softmax(q k^T * scale) v, per key head. */
-static void attend(const float *restrict query, const float *keys, const float *values,
-                   const int64_t *restrict pages, int64_t length, int64_t page_size,
-                   int64_t group, int64_t dim, int64_t kv_width, float scale,
-                   float *restrict scores, float *restrict out) {
-    float largest[group];
-    for (int64_t g = 0; g < group; g++) largest[g] = -INFINITY;
+typedef float vec_t __attribute__((vector_size(64), aligned(4), may_alias));
+
+#define VEC 16 /* floats of a vec_t; compilers split it where registers are narrower */
+#ifdef __AVX512F__
+#define VECS 4 /* vectors of a value row that are summed in one pass */
+#else
+#define VECS 1
+#endif
+#define GROUP 4 /* query heads of one key head that share a pass over the values */
+
+/* scores[g, l] = scale * (query[g] . key[l]); fastest where `dim` is a constant. */
+static inline __attribute__((always_inline)) void
+score_keys(const float *restrict query, const float *restrict keys, const int64_t *restrict pages,
+           int64_t length, int64_t page_size, int64_t group, const int64_t dim, int64_t kv_width,
+           float scale, float *restrict scores) {
+    for (int64_t start = 0; start < length; start += page_size) {
+        const float *restrict key = keys + *pages++ * page_size * kv_width;
+        int64_t end = start + page_size < length ? start + page_size : length;
+        for (int64_t l = start; l < end; l++, key += kv_width)
+            for (int64_t g = 0; g < group; g++) {
+                const float *restrict q = query + g * dim;
+                float sum = 0.0f;
+                for (int64_t d = 0; d < dim; d++) sum += q[d] * key[d];
+                scores[g * length + l] = sum * scale;
+            }
+    }
+}
+
+static void softmax(float *restrict row, int64_t length) {
+    float largest = -INFINITY, sum = 0.0f;
+    for (int64_t l = 0; l < length; l++) largest = row[l] > largest ? row[l] : largest;
     for (int64_t l = 0; l < length; l++) {
-        const float *key = keys + (pages[l / page_size] * page_size + l % page_size) * kv_width;
-        for (int64_t g = 0; g < group; g++) {
-            float score = dot(query + g * dim, key, dim) * scale;
-            scores[g * length + l] = score;
-            largest[g] = score > largest[g] ? score : largest[g];
-        }
+        row[l] = exp_of_nonpositive(row[l] - largest);
+        sum += row[l];
     }
-    for (int64_t g = 0; g < group; g++) {
-        float *restrict row = scores + g * length, sum = 0.0f;
-        for (int64_t l = 0; l < length; l++) {
-            row[l] = exp_of_nonpositive(row[l] - largest[g]);
-            sum += row[l];
-        }
-        for (int64_t l = 0; l < length; l++) row[l] /= sum;
+    float share = 1.0f / sum;
+    for (int64_t l = 0; l < length; l++) row[l] *= share;
+}
+
+/* out[g, :vecs] = sum over l of scores[g, l] * value[l, :vecs]; `group` and `vecs` are constants,
+ * so that all sums stay in registers. */
+static inline __attribute__((always_inline)) void
+mix_tile(const float *restrict values, const int64_t *restrict pages, int64_t length,
+         int64_t page_size, const int group, const int vecs, int64_t dim, int64_t kv_width,
+         const float *restrict scores, float *restrict out) {
+    vec_t sums[GROUP][VECS];
+#pragma GCC unroll 4
+    for (int g = 0; g < group; g++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) sums[g][v] = (vec_t){0.0f};
+    for (int64_t start = 0; start < length; start += page_size) {
+        const float *restrict value = values + *pages++ * page_size * kv_width;
+        int64_t end = start + page_size < length ? start + page_size : length;
+        for (int64_t l = start; l < end; l++, value += kv_width)
+#pragma GCC unroll 4
+            for (int g = 0; g < group; g++)
+#pragma GCC unroll 4
+                for (int v = 0; v < vecs; v++)
+                    sums[g][v] += scores[g * length + l] * *(const vec_t *)(value + v * VEC);
     }
-    memset(out, 0, group * dim * sizeof(float));
-    for (int64_t l = 0; l < length; l++) {
-        const float *restrict value =
-            values + (pages[l / page_size] * page_size + l % page_size) * kv_width;
-        for (int64_t g = 0; g < group; g++) {
-            float weight = scores[g * length + l];
-            float *restrict row = out + g * dim;
-            for (int64_t d = 0; d < dim; d++) row[d] += weight * value[d];
+#pragma GCC unroll 4
+    for (int g = 0; g < group; g++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; v++) *(vec_t *)(out + g * dim + v * VEC) = sums[g][v];
+}
+
+static inline __attribute__((always_inline)) void
+mix_group(const float *values, const int64_t *pages, int64_t length, int64_t page_size,
+          const int group, int64_t dim, int64_t kv_width, const float *scores, float *out) {
+    int64_t d = 0;
+    for (; d + VECS * VEC <= dim; d += VECS * VEC)
+        mix_tile(values + d, pages, length, page_size, group, VECS, dim, kv_width, scores, out + d);
+    for (; d + VEC <= dim; d += VEC)
+        mix_tile(values + d, pages, length, page_size, group, 1, dim, kv_width, scores, out + d);
+    for (; d < dim; d++)
+        for (int g = 0; g < group; g++) {
+            float sum = 0.0f;
+            for (int64_t l = 0; l < length; l++)
+                sum += scores[g * length + l] *
+                       values[(pages[l / page_size] * page_size + l % page_size) * kv_width + d];
+            out[g * dim + d] = sum;
         }
-    }
+}
+
+/* The query heads of one key head, of one row: out = softmax(q k^T * scale) v over its pages. */
+static void attend(const float *query, const float *keys, const float *values,
+                   const int64_t *pages, int64_t length, int64_t page_size, int64_t group,
+                   int64_t dim, int64_t kv_width, float scale, float *scores, float *out) {
+    if (dim == 64)
+        score_keys(query, keys, pages, length, page_size, group, 64, kv_width, scale, scores);
+    else if (dim == 128)
+        score_keys(query, keys, pages, length, page_size, group, 128, kv_width, scale, scores);
+    else
+        score_keys(query, keys, pages, length, page_size, group, dim, kv_width, scale, scores);
+    for (int64_t g = 0; g < group; g++) softmax(scores + g * length, length);
+    int64_t g = 0;
+    for (; g + GROUP <= group; g += GROUP)
+        mix_group(values, pages, length, page_size, GROUP, dim, kv_width, scores + g * length,
+                  out + g * dim);
+    if (group - g == 3)
+        mix_group(values, pages, length, page_size, 3, dim, kv_width, scores + g * length,
+                  out + g * dim);
+    else
+        for (; g < group; g++)
+            mix_group(values, pages, length, page_size, 1, dim, kv_width, scores + g * length,
+                      out + g * dim);
 }
 
 /* query[s] starts at query + s * query_stride; pages is [rows, max_pages]. Returns 0, or 1 when
