@@ -100,6 +100,47 @@ typedef float vec_t __attribute__((vector_size(64), aligned(4), may_alias));
 #endif
 #define GROUP 4 /* query heads of one key head that share a pass over the values */
 
+#ifdef __AVX512F__
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec_t){__VA_ARGS__})
+typedef int32_t ivec_t __attribute__((vector_size(64)));
+
+static inline vec_t dot_lanes(const vec_t *q, const float *key, const int vecs) {
+    vec_t sum = q[0] * *(const vec_t *)key;
+#pragma GCC unroll 8
+    for (int v = 1; v < vecs; v++) sum += q[v] * *(const vec_t *)(key + v * VEC);
+    return sum;
+}
+
+/* The dot products of one query with 16 keys: their lanes are summed in a tree, all 16 at once. */
+static inline __attribute__((always_inline)) vec_t
+dot_16_keys(const vec_t *q, const float *key, int64_t stride, const int vecs) {
+    vec_t halves[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+        vec_t quarters[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            vec_t pairs[2];
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++, key += 2 * stride) {
+                vec_t a = dot_lanes(q, key, vecs), b = dot_lanes(q, key + stride, vecs);
+                pairs[j] =
+                    PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                    PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+            }
+            quarters[i] =
+                PICK(pairs[0], pairs[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                PICK(pairs[0], pairs[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        }
+        halves[h] =
+            PICK(quarters[0], quarters[1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+            PICK(quarters[0], quarters[1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    }
+    return PICK(halves[0], halves[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           PICK(halves[0], halves[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+#endif
+
 /* scores[g, l] = scale * (query[g] . key[l]); fastest where `dim` is a constant. */
 static inline __attribute__((always_inline)) void
 score_keys(const float *restrict query, const float *restrict keys, const int64_t *restrict pages,
@@ -107,8 +148,19 @@ score_keys(const float *restrict query, const float *restrict keys, const int64_
            float scale, float *restrict scores) {
     for (int64_t start = 0; start < length; start += page_size) {
         const float *restrict key = keys + *pages++ * page_size * kv_width;
-        int64_t end = start + page_size < length ? start + page_size : length;
-        for (int64_t l = start; l < end; l++, key += kv_width)
+        int64_t end = start + page_size < length ? start + page_size : length, l = start;
+#ifdef __AVX512F__
+        if (__builtin_constant_p(dim))
+            for (; l + 16 <= end; l += 16, key += 16 * kv_width)
+                for (int64_t g = 0; g < group; g++) {
+                    vec_t q[8];
+#pragma GCC unroll 8
+                    for (int v = 0; v < dim / VEC; v++)
+                        q[v] = *(const vec_t *)(query + g * dim + v * VEC) * scale;
+                    *(vec_t *)(scores + g * length + l) = dot_16_keys(q, key, kv_width, dim / VEC);
+                }
+#endif
+        for (; l < end; l++, key += kv_width)
             for (int64_t g = 0; g < group; g++) {
                 const float *restrict q = query + g * dim;
                 float sum = 0.0f;
