@@ -321,6 +321,12 @@ add_tile(const float *restrict x, int64_t x_stride, float *restrict y, int64_t y
         }
 }
 
+/* Ask for the next factors while the present ones are used: each adapter's are read once a step. */
+static void prefetch(const pair_t *pair, int64_t in, int64_t out) {
+    for (int64_t i = 0; i < pair->rank * in; i += VEC) __builtin_prefetch(pair->a + i, 0, 2);
+    for (int64_t i = 0; i < pair->rank * out; i += VEC) __builtin_prefetch(pair->b + i, 0, 2);
+}
+
 static void add_block(const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t rows,
                       const pair_t *pair, int64_t in, int64_t out) {
     float scale = (float)pair->scale;
@@ -363,7 +369,12 @@ void add_low_rank(const float *x, int64_t x_stride, float *y, int64_t y_stride,
         int64_t start = segments[s].start + left * BLOCK;
         int64_t rows = segments[s].end - start < BLOCK ? segments[s].end - start : BLOCK;
         int64_t offset = 0;
+        int ends = start + rows == segments[s].end && s + 1 < num_segments;
         for (int64_t j = 0; j < num_projections; j++) {
+            if (j + 1 < num_projections)
+                prefetch(&segments[s].pairs[first + j + 1], in, outs[j + 1]);
+            else if (ends)
+                prefetch(&segments[s + 1].pairs[first], in, outs[0]);
             add_block(x + start * x_stride, x_stride, y + start * y_stride + offset, y_stride,
                       rows, &segments[s].pairs[first + j], in, outs[j]);
             offset += outs[j];
