@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help serve test check bench peers
+.PHONY: help serve test check bench bench-scale peers
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test    all tests"
 	@echo "make check   ruff, mypy, import-linter"
 	@echo "make bench   speed beside plain PEFT, and beside other servers that are installed"
+	@echo "make bench-scale   thousands of adapters in one server"
 	@echo "make peers   installs those: vLLM, llama.cpp, OpenVINO; ARGS chooses"
 
 serve: $(INSTALLED)
@@ -29,6 +30,9 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m loadtest.bench $(ARGS)
+
+bench-scale: $(INSTALLED)
+	@$(BIN)/python -m loadtest.bench.scale_command $(ARGS)
 
 peers:
 	@PYTHON=$(PYTHON) loadtest/peers/install.sh bench-out/peers $(ARGS)

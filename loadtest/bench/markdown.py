@@ -70,7 +70,7 @@ def _throughput(report: Report) -> str:
     for name in report.contestants:
         cells = [report.cells.get((name, workload)) for workload in report.workloads]
         rows.append([name, *(_rate(cell) for cell in cells), _exact(cells)])
-    return _table(["", *report.workloads, "exact"], rows)
+    return table(["", *report.workloads, "exact"], rows)
 
 
 def _rate(cell: Cell | None) -> str:
@@ -93,7 +93,7 @@ def _exact(cells: Sequence[Cell | None]) -> str:
 
 def _ratios(report: Report) -> str:
     rows = [[name, f"{value:.2f}"] for name, value in ratios(report.cells).items()]
-    return _table(["", "ratio"], rows) if rows else "None: no two contestants to compare."
+    return table(["", "ratio"], rows) if rows else "None: no two contestants to compare."
 
 
 def _beside_peers(report: Report) -> list[str]:
@@ -105,7 +105,7 @@ def _beside_peers(report: Report) -> list[str]:
     ]
     return [
         "### Beside other servers",
-        _table(["", *report.workloads], rows) if rows else "None: nothing of ours took part.",
+        table(["", *report.workloads], rows) if rows else "None: nothing of ours took part.",
         "## Reach",
         f"With all {report.sizes.num_adapters} adapters: until all can be asked for, memory (PSS) "
         "after all rounds, speed with adapters by speed of the base, and how long requests of W4 "
@@ -135,7 +135,7 @@ def _reach(report: Report) -> str:
             ]
         )
     headers = ["", "start", "memory", "W3 / W2", "W4 / W4b", "W4 first token p50 / p99, ms"]
-    return _table([*headers, "p99 / p50"], rows)
+    return table([*headers, "p99 / p50"], rows)
 
 
 def _wait(ttft: Distribution | None) -> str:
@@ -162,7 +162,7 @@ def _latency(report: Report) -> str:
         if (cell := report.cells.get((name, workload))) is not None
     ]
     headers = ["", "", "first token p50 / p99", "between tokens p50 / p99", "end to end p50 / p99"]
-    return _table(headers, rows)
+    return table(headers, rows)
 
 
 def _lifecycle(life: Lifecycle) -> str:
@@ -176,7 +176,7 @@ def _lifecycle(life: Lifecycle) -> str:
         ["memory per registered adapter, unused", _per_adapter(life, life.pss_registered_bytes)],
         ["memory at the end", _mib(life.pss_end_bytes)],
     ]
-    return _table(["", ""], rows)
+    return table(["", ""], rows)
 
 
 def _per_adapter(life: Lifecycle, total: int | None) -> str:
@@ -186,7 +186,7 @@ def _per_adapter(life: Lifecycle, total: int | None) -> str:
 
 
 def _conditions(report: Report) -> str:
-    lines = [f"- {name}: {_plain(value)}" for name, value in report.conditions.items()]
+    lines = [f"- {name}: {plain(value)}" for name, value in report.conditions.items()]
     foreign = [one.load.foreign_cores for one in report.rounds]
     known = [cores for cores in foreign if cores is not None]
     if known:
@@ -199,7 +199,8 @@ def _conditions(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -219,7 +220,8 @@ def _mib(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / _MIB:,.0f} MiB"
 
 
-def _plain(value: object) -> str:
+def plain(value: object) -> str:
+    """A condition's value in words."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list):

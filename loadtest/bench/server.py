@@ -6,15 +6,16 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 
 from loadtest.bench.server_process import ServerProcess, free_port
+from loadtest.bench.variants import Upload
 from loadtest.errors import BenchError
 
 BASE_NAME = "base"
@@ -89,15 +90,33 @@ class VbserveServer:
 
     def register(self, numbers: Sequence[int], vblora: Path) -> list[float]:
         """Upload PEFT directories one after the other; seconds of each POST /v1/adapters."""
-        return asyncio.run(self._register(numbers, vblora))
+        return self.upload((adapter_id(n), _peft_files(vblora / f"{n:03d}")) for n in numbers)
 
-    async def _register(self, numbers: Sequence[int], vblora: Path) -> list[float]:
+    def upload(self, uploads: Iterable[Upload]) -> list[float]:
+        """Register one after the other; seconds of each POST /v1/adapters. Raises BenchError."""
+        return asyncio.run(self._upload(uploads))
+
+    def adapter(self, name: str) -> dict[str, Any]:
+        """What GET /v1/adapters/{name} tells. Raises BenchError."""
+        return asyncio.run(self._adapter(name))
+
+    async def _adapter(self, name: str) -> dict[str, Any]:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{self.url}/v1/adapters/{name}") as response,
+        ):
+            body: dict[str, Any] = await response.json()
+        if response.status != 200:
+            raise BenchError(f"GET /v1/adapters/{name} answered {response.status}: {body}")
+        return body
+
+    async def _upload(self, uploads: Iterable[Upload]) -> list[float]:
         seconds = []
         async with aiohttp.ClientSession() as session:
-            for number in numbers:
-                form = aiohttp.FormData({"id": adapter_id(number)})
-                for file in sorted((vblora / f"{number:03d}").glob("adapter_*")):
-                    form.add_field("files", file.read_bytes(), filename=file.name)
+            for name, files in uploads:
+                form = aiohttp.FormData({"id": name})
+                for file_name, content in files.items():
+                    form.add_field("files", content, filename=file_name)
                 start = time.perf_counter()
                 async with session.post(f"{self.url}/v1/adapters", data=form) as response:
                     body = await response.text()
@@ -105,6 +124,10 @@ class VbserveServer:
                 if response.status != 201:
                     raise BenchError(f"POST /v1/adapters answered {response.status}: {body[:500]}")
         return seconds
+
+
+def _peft_files(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(directory.glob("adapter_*"))}
 
 
 def _vbserve() -> list[str]:

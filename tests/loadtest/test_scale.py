@@ -1,0 +1,61 @@
+"""The bench of thousands of adapters, without a server: what is uploaded, and the report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load, save_file
+
+from loadtest.bench.scale import ScaleResult
+from loadtest.bench.scale_command import scale_page
+from loadtest.bench.variants import Variants
+from loadtest.stats import distribution
+
+BANK = "base_model.vblora_vector_bank"
+INDICES = "base_model.model.a.vblora_logits_A_topk_indices"
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "VBLORA"}))
+    tensors = {
+        BANK: rng.normal(size=(16, 4)).astype(np.float32),
+        INDICES: np.argsort(rng.random((6, 16)))[:, :3].astype(np.uint8),
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("shared_bank", [False, True])
+def test_variants_are_distinct_and_the_same_each_time(template: Path, shared_bank: bool) -> None:
+    variants = Variants(template, shared_bank=shared_bank)
+    names = [name for name, _ in variants.uploads([(0, "a"), (1, "b")])]
+    assert names == ["a", "b"]
+    weights = [variants.files(n)["adapter_model.safetensors"] for n in (0, 1, 0)]
+    assert weights[0] == weights[2] != weights[1]
+    first, second = (load(data) for data in weights[:2])
+    assert np.array_equal(first[BANK], second[BANK]) == shared_bank
+    assert np.array_equal(first[INDICES], second[INDICES]) != shared_bank
+    for tensors in (first, second):
+        assert tensors[INDICES].dtype == np.uint8
+        assert all(len(set(row)) == 3 for row in tensors[INDICES].tolist())
+
+
+def test_the_report_counts_per_adapter_and_by_round() -> None:
+    some = distribution([0.01, 0.02, 0.03])
+    result = ScaleResult(
+        1000, True, some, some, some, pss_bytes=1000 << 20, store_bytes=500 << 20,
+        lora_bytes=5 << 20, base_without=[100.0, 200.0], base_with=[99.0, 150.0],
+        zipf_few=[80.0, 80.0], zipf_all=[60.0, 40.0], quiet=[300.0, 300.0],
+        registering=[290.0, 292.0], foreign_cores=[0.0, 0.3],
+    )  # fmt: skip
+    page = scale_page(result, {"cores": 2})
+    assert "# 1,000 adapters in one server, one shared bank" in page
+    assert "| memory (PSS) per registered adapter, none used yet | 1.000 MiB |" in page
+    assert "by that memory | 5.0 times |" in page
+    assert "| the last 100 | 20.0 / 30.0 ms |" in page
+    assert "| base alone, all registered | 124.5 (99.0 to 150.0) | 0.87 |" in page
+    assert "| 16 clients, Zipf's law over all | 50.0 (40.0 to 60.0) | 0.62 |" in page
+    assert "- cores: 2\n- other programs: at most 0.30 cores in a wave" in page
