@@ -24,6 +24,9 @@ SHAPES = {  # heads, key heads, head_dim
     "grouped": (4, 2, 16),
     "one_key_head": (6, 1, 10),
     "each_its_own": (3, 3, 64),
+    "three_a_key_head": (6, 2, 64),
+    "five_and_wide": (5, 1, 128),
+    "between": (4, 1, 80),
 }
 
 
