@@ -7,13 +7,34 @@ Shape legend: T tokens of a step, I input features, O output features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class Linear(Protocol):
+    """y_TO = x_TI @ weight_OI.T in some layout of the weight; `num_bytes` is what it holds."""
+
+    num_bytes: int
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """Multiply; returns a new tensor that the caller may change in place."""
+        ...
+
+    def shares_storage_with(self, tensor: Tensor) -> bool:
+        """Whether no further bytes are held beside `tensor` (a tied head that is not packed)."""
+        ...
+
+
+MakeLinear = Callable[[Tensor], Linear]
+"""Takes weight_OI, which may be let go afterwards."""
+
+
 class FrozenLinear:
-    """y_TO = x_TI @ weight_OI.T.
+    """A `Linear` by torch.
 
     On the CPU in fp32 the weight is packed once for oneDNN (1.4 to 2.6 times faster than F.linear
     at 1 to 16 rows) and only the packed form is kept; elsewhere it stays a plain matrix.
@@ -30,11 +51,11 @@ class FrozenLinear:
         )
 
     def shares_storage_with(self, tensor: Tensor) -> bool:
-        """Whether no further bytes are held beside `tensor` (a tied head that is not packed)."""
+        """See `Linear.shares_storage_with`."""
         return not self._packed and self._weight.data_ptr() == tensor.data_ptr()
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        """Multiply; returns a new tensor that the caller may change in place."""
+        """See `Linear.__call__`."""
         if self._packed:
             packed: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x_TI, self._weight, None, "none", [], ""

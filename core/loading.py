@@ -6,6 +6,7 @@ Knows nothing of how an engine runs.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from core.engine import Engine
 from core.engine_config import EngineConfig
 from core.factors import FactorSource
 from core.kernels.build import load_library
+from core.kernels.cpu_linear import PanelLinear, panel_width
 from core.kernels.cpu_ops import CpuOps
+from core.linear import FrozenLinear, MakeLinear
 from core.model import LlamaModel
 from core.model_config import ModelConfig, read_model_config
 from core.ops import Ops, TorchOps
@@ -33,34 +36,43 @@ def load_engine(
         torch.set_num_threads(config.num_threads)
     device, dtype = resolve_placement(config)
     model_config = read_model_config(Path(path))
-    weights = _load_weights(Path(path), model_config, device, dtype)
-    ops = make_ops(model_config, device, dtype, compiled=config.compiled_kernels)
+    ops, make_linear = _means(model_config, device, dtype, compiled=config.compiled_kernels)
+    weights = _load_weights(Path(path), model_config, device, dtype, make_linear)
     return Engine(LlamaModel(model_config, weights, ops), config, factor_source)
 
 
 def _load_weights(
-    path: Path, model_config: ModelConfig, device: torch.device, dtype: torch.dtype
+    path: Path,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    make_linear: MakeLinear,
 ) -> ModelWeights:
     """On the CPU in a thread that ends with it, since packing computes with several threads.
 
     OpenMP keeps a pool for each thread that has done so; with more pooled threads than cores
     (GNU's) they sleep between any two parallel loops of a step instead of spinning.
     """
+    arguments = path, model_config, device, dtype, make_linear
     if device.type != "cpu":
-        return load_weights(path, model_config, device, dtype)
+        return load_weights(*arguments)
     with ThreadPoolExecutor(1, "load-weights") as passing:
-        return passing.submit(load_weights, path, model_config, device, dtype).result()
+        return passing.submit(load_weights, *arguments).result()
 
 
-def make_ops(
+def _means(
     model_config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool
-) -> Ops:
+) -> tuple[Ops, MakeLinear]:
     """Compiled kernels for fp32 on the CPU where they can be had, else torch's operations."""
+    library = None
     if compiled and device.type == "cpu" and dtype == torch.float32:
         library = load_library()
-        if library is not None:
-            return CpuOps(model_config, library)
-    return TorchOps(model_config, device, dtype)
+    if library is None:
+        return TorchOps(model_config, device, dtype), FrozenLinear
+    has_panels = panel_width(library) > 0
+    return CpuOps(model_config, library), (
+        partial(PanelLinear, library) if has_panels else FrozenLinear
+    )
 
 
 def resolve_placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.errors import UnsupportedModelError
 from core.factors import PROJECTIONS
-from core.linear import FrozenLinear
+from core.linear import FrozenLinear, Linear, MakeLinear
 from core.model_config import ModelConfig, weight_files
 
 FUSED_PROJECTIONS: tuple[tuple[str, ...], ...] = (
@@ -37,11 +37,11 @@ class LayerWeights:
     """One decoder layer; the four matrices stand in the order of `FUSED_PROJECTIONS`."""
 
     input_norm_H: Tensor
-    qkv: FrozenLinear
-    o: FrozenLinear
+    qkv: Linear
+    o: Linear
     post_attention_norm_H: Tensor
-    gate_up: FrozenLinear
-    down: FrozenLinear
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,18 @@ class ModelWeights:
     embedding_VH: Tensor
     layers: tuple[LayerWeights, ...]
     norm_H: Tensor
-    head: FrozenLinear
+    head: Linear
     num_bytes: int
 
 
 class _Checkpoint:
     """The tensors of a sharded or single-file checkpoint by name, read on demand."""
 
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, device: torch.device, dtype: torch.dtype, make_linear: MakeLinear
+    ) -> None:
         self._path, self._device, self._dtype = path, device, dtype
+        self.make_linear = make_linear
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
 
@@ -92,26 +95,30 @@ class _Checkpoint:
             )
         return tensor.to(device=self._device, dtype=self._dtype)
 
-    def fused(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> FrozenLinear:
+    def fused(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> Linear:
         """Matrices with one input, concatenated along the output features."""
         parts = [self.read(name, shape) for name, shape in zip(names, shapes, strict=True)]
-        return FrozenLinear(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return self.make_linear(torch.cat(parts) if len(parts) > 1 else parts[0])
 
 
 def load_weights(
-    path: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    path: Path,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    make_linear: MakeLinear = FrozenLinear,
 ) -> ModelWeights:
     """Read a model directory; fp32, fp16 and bf16 files are cast to `dtype`.
 
     Raises UnsupportedModelError for a tensor that is missing or has another shape.
     """
-    with _Checkpoint(path, device, dtype) as checkpoint:
+    with _Checkpoint(path, device, dtype, make_linear) as checkpoint:
         layers = tuple(_layer(checkpoint, config, index) for index in range(config.num_layers))
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding = checkpoint.read("model.embed_tokens.weight", vocabulary)
         norm = checkpoint.read("model.norm.weight", (config.hidden_size,))
         tied = config.tie_word_embeddings
-        head = FrozenLinear(embedding if tied else checkpoint.read("lm_head.weight", vocabulary))
+        head = make_linear(embedding if tied else checkpoint.read("lm_head.weight", vocabulary))
     return ModelWeights(embedding, layers, norm, head, _num_bytes(embedding, layers, norm, head))
 
 
@@ -138,7 +145,7 @@ def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWei
 
 
 def _num_bytes(
-    embedding: Tensor, layers: tuple[LayerWeights, ...], norm: Tensor, head: FrozenLinear
+    embedding: Tensor, layers: tuple[LayerWeights, ...], norm: Tensor, head: Linear
 ) -> int:
     per_layer = sum(
         layer.input_norm_H.nbytes

@@ -381,3 +381,80 @@ void add_low_rank(const float *x, int64_t x_stride, float *y, int64_t y_stride,
         }
     }
 }
+
+/* -- products with a frozen matrix, packed in panels ------------------------------------------- */
+
+#define COLS 3                  /* vectors of outputs in a panel */
+#define PANEL_WIDTH (COLS * VEC)
+#define PANEL_ROWS 8            /* rows that share a pass over a panel: 24 sums in registers */
+#define PANEL_AHEAD 24          /* features that a panel is fetched ahead of its use */
+
+/* Outputs of a panel; 0 where this machine has no registers for it and nobody should pack. */
+int64_t panel_width(void) {
+#ifdef __AVX512F__
+    return PANEL_WIDTH;
+#else
+    return 0;
+#endif
+}
+
+/* w is [out, in]; panels is [ceil(out / width), in, width], zeros beyond `out`. */
+void pack_panels(const float *w, float *panels, int64_t in, int64_t out, int num_threads) {
+    int64_t count = (out + PANEL_WIDTH - 1) / PANEL_WIDTH;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0; c < PANEL_WIDTH; c++) {
+            int64_t o = i * PANEL_WIDTH + c;
+            float *to = panels + i * PANEL_WIDTH * in + c;
+            for (int64_t k = 0; k < in; k++) to[k * PANEL_WIDTH] = o < out ? w[o * in + k] : 0.0f;
+        }
+}
+
+/* y[rows, cols] = x[rows, in] times one panel; `rows` is a constant where this is inlined. */
+static inline __attribute__((always_inline)) void
+multiply_tile(const float *restrict x, const float *restrict panel, float *restrict y,
+              int64_t y_stride, int64_t in, const int rows, int64_t cols, int is_first) {
+    vec_t sums[PANEL_ROWS][COLS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int c = 0; c < COLS; c++) sums[r][c] = (vec_t){0.0f};
+    for (int64_t k = 0; k < in; k++) {
+        const float *w = panel + k * PANEL_WIDTH;
+        if (is_first)
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++)
+                __builtin_prefetch(w + PANEL_AHEAD * PANEL_WIDTH + c * VEC, 0, 3);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++)
+                sums[r][c] += x[r * in + k] * *(const vec_t *)(w + c * VEC);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+        if (cols >= PANEL_WIDTH)
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++) *(vec_t *)(y + r * y_stride + c * VEC) = sums[r][c];
+        else
+            memcpy(y + r * y_stride, sums[r], cols * sizeof(float));
+}
+
+/* y[rows, out] = x[rows, in] w^T, w as `pack_panels` left it. */
+void multiply_panels(const float *x, const float *panels, float *y, int64_t rows, int64_t in,
+                     int64_t out, int num_threads) {
+    int64_t count = (out + PANEL_WIDTH - 1) / PANEL_WIDTH;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t i = 0; i < count; i++) {
+        const float *panel = panels + i * PANEL_WIDTH * in;
+        float *to = y + i * PANEL_WIDTH;
+        int64_t cols = out - i * PANEL_WIDTH, r = 0;
+        for (; r + PANEL_ROWS <= rows; r += PANEL_ROWS)
+            multiply_tile(x + r * in, panel, to + r * out, out, in, PANEL_ROWS, cols, r == 0);
+        for (; r + 4 <= rows; r += 4)
+            multiply_tile(x + r * in, panel, to + r * out, out, in, 4, cols, r == 0);
+        for (; r + 2 <= rows; r += 2)
+            multiply_tile(x + r * in, panel, to + r * out, out, in, 2, cols, r == 0);
+        if (r < rows) multiply_tile(x + r * in, panel, to + r * out, out, in, 1, cols, r == 0);
+    }
+}

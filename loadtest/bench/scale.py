@@ -132,7 +132,7 @@ class ScaleBench:
     def _round(self, result: ScaleResult, number: int) -> None:
         base = self._wave([None] * self._sizes.num_closed)
         few, everyone = (self._wave(self._popular(num)) for num in (_FEW, self._num))
-        turns = [
+        turns: list[Callable[[], None]] = [
             lambda: result.base_without.append(self._rate(self._empty, base)),
             lambda: result.base_with.append(self._rate(self._full, base)),
             lambda: result.zipf_few.append(self._rate(self._full, few)),

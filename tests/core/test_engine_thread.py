@@ -374,7 +374,7 @@ def test_a_request_that_comes_during_an_idle_step_is_seen_at_once(
 
 
 _COUNT_THREADS = """
-import os, sys, threading
+import os, sys, threading, time
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
@@ -395,6 +395,9 @@ def run():
         engine.step()
     print(at_first, loaded, count())
 
+deadline = time.monotonic() + 10
+while count() > at_first and time.monotonic() < deadline:
+    time.sleep(0.01)  # the pool's threads end on their own
 loaded = count()
 thread = threading.Thread(target=run)
 thread.start()

@@ -14,6 +14,7 @@ from core.attention import KVStorage
 from core.batch import DecodeRows
 from core.engine_config import EngineConfig
 from core.kernels import build
+from core.kernels.cpu_linear import PanelLinear, panel_width
 from core.kernels.cpu_ops import CpuOps
 from core.loading import load_engine
 from core.model_config import ModelConfig, read_model_config
@@ -25,8 +26,8 @@ SHAPES = {  # heads, key heads, head_dim
     "one_key_head": (6, 1, 10),
     "each_its_own": (3, 3, 64),
     "three_a_key_head": (6, 2, 64),
-    "five_and_wide": (5, 1, 128),
-    "between": (4, 1, 80),
+    "four_and_wide": (4, 1, 128),
+    "between": (12, 2, 80),
 }
 
 
@@ -140,6 +141,22 @@ def test_decode_attention(
     wide = noise(len(lengths), config.num_heads + 3, config.head_dim, seed=7)
     query_SND = wide[:, : config.num_heads]
     assert_near(*(ops.decode_attention(query_SND, kv, 1, rows) for ops in twins), relative=3e-5)
+
+
+@pytest.mark.parametrize("num_out", [1, 47, 48, 960])
+@pytest.mark.parametrize("num_in", [1, 16, 577])
+def test_panels(num_out: int, num_in: int, library: ctypes.CDLL) -> None:
+    """Every remainder of rows and outputs, against fp64."""
+    if panel_width(library) == 0:
+        pytest.skip("this processor's kernels have no panels")
+    weight_OI = noise(num_out, num_in, seed=1)
+    linear = PanelLinear(library, weight_OI)
+    for num_rows in (1, 2, 3, 4, 7, 8, 9, 15, 16, 40):
+        x_TI = noise(num_rows, num_in, seed=num_rows)
+        expected = x_TI.double() @ weight_OI.double().T
+        assert_near(linear(x_TI), expected.float(), relative=3e-6)
+    assert linear(noise(0, num_in)).shape == (0, num_out)
+    assert linear.num_bytes >= weight_OI.nbytes and not linear.shares_storage_with(weight_OI)
 
 
 def test_an_engine_without_compiled_kernels_uses_torch(

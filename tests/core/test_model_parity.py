@@ -253,5 +253,15 @@ def test_the_merge_of_the_oracle_is_taken_back(reference, adapters) -> None:
 def test_bytes_of_the_base_are_what_the_weights_take(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m")
     num_parameters = sum(p.numel() for p in load_reference(path).parameters())
-    engine = load_engine(path, EngineConfig(device="cpu", kv_cache_bytes=1 << 16))
-    assert engine.stats().base_bytes == 4 * num_parameters
+    plain, packed = (
+        load_engine(
+            path, EngineConfig(device="cpu", kv_cache_bytes=1 << 16, compiled_kernels=compiled)
+        )
+        for compiled in (False, True)
+    )
+    assert plain.stats().base_bytes == 4 * num_parameters
+    linears = [packed.model.weights.head]
+    for layer in packed.model.weights.layers:
+        linears += [layer.qkv, layer.o, layer.gate_up, layer.down]
+    assert packed.stats().base_bytes >= sum(linear.num_bytes for linear in linears)
+    assert packed.stats().base_bytes >= 4 * num_parameters  # outputs are padded to whole panels
