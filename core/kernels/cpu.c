@@ -1,4 +1,5 @@
-/* Kernels of one engine step on the CPU in fp32. Called through cpu_ops.py, which says shapes.
+/* Kernels of one engine step on the CPU in fp32. Called through cpu_ops.py and
+ * cpu_linear.py, which say shapes.
  *
  * All matrices are row-major; a stride counts floats between rows. Every kernel takes the number
  * of threads and uses one where the work is too small to share. Nothing is allocated but a score
@@ -101,8 +102,12 @@ typedef float vec_t __attribute__((vector_size(64), aligned(4), may_alias));
 #define GROUP 4 /* query heads of one key head that share a pass over the values */
 
 #ifdef __AVX512F__
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec_t){__VA_ARGS__})
 typedef int32_t ivec_t __attribute__((vector_size(64)));
+#endif
 
 static inline vec_t dot_lanes(const vec_t *q, const float *key, const int vecs) {
     vec_t sum = q[0] * *(const vec_t *)key;

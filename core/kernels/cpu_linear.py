@@ -1,4 +1,4 @@
-"""A frozen fp32 matrix in panels for the compiled kernels: twice as fast as oneDNN at 16 rows.
+"""A frozen fp32 matrix in panels for the compiled kernels; ARCHITECTURE.md has it beside oneDNN.
 
 Knows nothing of adapters or of what the matrix is for.
 
