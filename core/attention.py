@@ -1,71 +1,60 @@
-"""Keys and values in pages, and attention of a step's rows over them.
+"""Attention of a step's rows over keys and values in pages, in torch's own words.
 
-Knows nothing of which pages belong to whom beyond what the batch says.
+The slow twin of the compiled one, and the way on every device but the CPU.
 
-Shape legend: T rows of the step, P pages, L positions attended to, K key and value heads, N query
-heads, D head dimension.
+Shape legend: T rows of the step, S single-token rows, L positions attended to, P pages, K key and
+value heads, G query heads of one of them, N query heads, D head dimension.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.batch import PromptRows
-from core.model_config import ModelConfig
+from core.batch import Batch, DecodeRows
+from core.kv_storage import KVStorage
 
 
-class KVStorage:
-    """Keys and values of all layers. `keys[layer]` and `values[layer]` are [slots, K, D]."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        num_pages: int,
-        page_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.page_size = page_size
-        shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_dim)
-        self._storage = storage = _zeros(shape, device, dtype)
-        self.num_bytes = storage.nbytes
-        self.keys = tuple(layer[0] for layer in storage)
-        self.values = tuple(layer[1] for layer in storage)
-
-    def clear(self, page_P: Tensor) -> None:
-        """Zero whole pages of all layers.
-
-        What another sequence left in a page is gathered with the tokens of the next one. It gets
-        no weight, but 0 * inf is NaN.
-        """
-        if len(page_P):
-            self._storage.unflatten(2, (-1, self.page_size))[:, :, page_P] = 0
-
-    def gather(self, layer: int, page: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of whole pages, [*page.shape[:-1], P * page_size, K, D] each."""
-        heads = self.keys[layer].shape[1:]
-        paged = (-1, self.page_size, *heads)
-        flat = (*page.shape[:-1], page.shape[-1] * self.page_size, *heads)
-        key, value = self.keys[layer].view(paged), self.values[layer].view(paged)
-        return key[page].view(flat), value[page].view(flat)
+def attention(query_TND: Tensor, kv: KVStorage, layer: int, batch: Batch) -> Tensor:
+    """Attention of all rows of a batch, [T, N, D]; copies the pages that they attend to."""
+    parts = []
+    if batch.decode is not None:
+        rows_SND = query_TND[: len(batch.decode.length_S)]
+        parts.append(decode_attention(rows_SND, kv, layer, batch.decode))
+    if batch.prompts is not None:
+        for (start, end, num_before, num_pages), page_P in zip(
+            batch.prompts.spans, batch.prompts.page_QP, strict=True
+        ):
+            rows_TND = query_TND[start:end]
+            parts.append(prompt_attention(rows_TND, kv, layer, page_P[:num_pages], num_before))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token's keys and values take in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+def decode_attention(query_SND: Tensor, kv: KVStorage, layer: int, rows: DecodeRows) -> Tensor:
+    """Attention of one row per sequence, [S, N, D]; all are padded to the longest."""
+    key_SLKD, value_SLKD = kv.gather(layer, rows.page_SP)
+    # The query heads of one key head stand as rows of one query, so no key is repeated.
+    query_SKGD = query_SND.reshape(len(query_SND), key_SLKD.shape[2], -1, query_SND.shape[-1])
+    out_SKGD = F.scaled_dot_product_attention(
+        query_SKGD,
+        key_SLKD.transpose(1, 2),
+        value_SLKD.transpose(1, 2),
+        attn_mask=rows.visible_SL[:, None, None],
+    )
+    return out_SKGD.flatten(1, 2)
 
 
-def prompt_attention(kv: KVStorage, layer: int, rows: PromptRows, query_TND: Tensor) -> Tensor:
+def prompt_attention(
+    query_TND: Tensor, kv: KVStorage, layer: int, page_P: Tensor, num_before: int
+) -> Tensor:
     """Causal attention of consecutive rows of one sequence over all its tokens, [T, N, D]."""
-    num_rows, length = query_TND.shape[0], rows.num_before + query_TND.shape[0]
-    key_LKD, value_LKD = kv.gather(layer, rows.page_P)
+    num_rows, length = query_TND.shape[0], num_before + query_TND.shape[0]
+    key_LKD, value_LKD = kv.gather(layer, page_P)
     mask = None
-    if rows.num_before:
+    if num_before:
         mask = torch.ones(num_rows, length, dtype=torch.bool, device=query_TND.device)
-        mask = mask.tril_(rows.num_before)
+        mask = mask.tril_(num_before)
     out_NTD = F.scaled_dot_product_attention(
         query_TND.transpose(0, 1)[None],
         key_LKD[:length].transpose(0, 1)[None],
@@ -75,11 +64,3 @@ def prompt_attention(kv: KVStorage, layer: int, rows: PromptRows, query_TND: Ten
         enable_gqa=True,
     )
     return out_NTD[0].transpose(0, 1)
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros; on the CPU from calloc, so that pages never used take no memory."""
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
-    count = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)

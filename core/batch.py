@@ -3,8 +3,8 @@
 Rows (tokens) stand in this order: chunks of one token (decodes) sorted by adapter, then longer
 chunks (prompts) sorted by adapter. Knows nothing of weights.
 
-Shape legend: T rows of the step, S single-token chunks, P pages of the longest of them, L places in
-those pages.
+Shape legend: T rows of the step, S single-token chunks, Q longer ones, P pages of the longest of
+them, L places in those pages.
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ class DecodeRows:
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Rows start..end-1: consecutive tokens of one sequence, `num_before` tokens come before."""
+    """The rows of longer chunks: consecutive tokens of one sequence each.
 
-    start: int
-    end: int
-    num_before: int
-    page_P: Tensor
+    span_Q3   int64: first row, row after the last, tokens of the sequence that come before
+    page_QP   int64, padded with the chunk's own first page
+    spans     `span_Q3` as numbers, and how many pages are the chunk's
+    """
+
+    span_Q3: Tensor
+    page_QP: Tensor
+    spans: tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Batch:
     length_T      the sequence length that rotary scaling goes by, where it depends on one
     tail_page_P   int64 pages that this step begins and does not fill
     decode        None when no chunk has a single token
+    prompts       None when all have
     adapter_rows  cover all rows in order; base-only batches have one entry without a lease
     head_row_R    int64 rows whose logits are wanted, in the order of `logit_spans`
     logit_spans   (chunk, number of its logit rows), only chunks that want any
@@ -79,7 +84,7 @@ class Batch:
     tail_page_P: Tensor
     length_T: list[int] | None
     decode: DecodeRows | None
-    prompts: tuple[PromptRows, ...]
+    prompts: PromptRows | None
     adapter_rows: tuple[AdapterRows, ...]
     head_row_R: Tensor
     logit_spans: tuple[tuple[Chunk, int], ...]
@@ -110,14 +115,10 @@ def build_batch(
         tail_page_P=put(_tail_pages(ordered, page_size)),
         length_T=_rotary_lengths(ordered) if with_lengths else None,
         decode=_decode_rows(ordered[:num_decode], page_size, put) if num_decode else None,
-        prompts=tuple(
-            PromptRows(
-                int(start),
-                int(start) + chunk.num_tokens,
-                chunk.start,
-                put(np.array(chunk.seq.pages)),
-            )
-            for chunk, start in zip(ordered[num_decode:], starts[num_decode:], strict=False)
+        prompts=(
+            _prompt_rows(ordered[num_decode:], starts[num_decode:], put)
+            if num_decode < len(ordered)
+            else None
         ),
         adapter_rows=_adapter_rows(ordered, starts),
         head_row_R=put(head_rows),
@@ -150,14 +151,30 @@ def _rotary_lengths(chunks: Seq[Chunk]) -> list[int]:
 def _decode_rows(
     chunks: Seq[Chunk], page_size: int, put: Callable[[npt.NDArray[Any]], Tensor]
 ) -> DecodeRows:
+    pages = _pages(chunks)
+    lengths = np.array([chunk.end for chunk in chunks])
+    visible = np.arange(pages.shape[1] * page_size) < lengths[:, None]
+    return DecodeRows(put(pages), put(lengths), put(visible))
+
+
+def _prompt_rows(
+    chunks: Seq[Chunk], starts: IntArray, put: Callable[[npt.NDArray[Any]], Tensor]
+) -> PromptRows:
+    spans = tuple(
+        (int(start), int(start) + chunk.num_tokens, chunk.start, len(chunk.seq.pages))
+        for chunk, start in zip(chunks, starts, strict=False)
+    )
+    return PromptRows(put(np.array(spans)[:, :3].copy()), put(_pages(chunks)), spans)
+
+
+def _pages(chunks: Seq[Chunk]) -> IntArray:
+    """The pages of each chunk's sequence, padded with its first."""
     num_pages = max(len(chunk.seq.pages) for chunk in chunks)
     pages = np.empty((len(chunks), num_pages), dtype=np.int64)
     for row, chunk in enumerate(chunks):
         pages[row] = chunk.seq.pages[0]
         pages[row, : len(chunk.seq.pages)] = chunk.seq.pages
-    lengths = np.array([chunk.end for chunk in chunks])
-    visible = np.arange(num_pages * page_size) < lengths[:, None]
-    return DecodeRows(put(pages), put(lengths), put(visible))
+    return pages
 
 
 def _adapter_rows(chunks: Seq[Chunk], starts: IntArray) -> tuple[AdapterRows, ...]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from core.attention import KVStorage, bytes_per_token
 from core.batch import Batch, build_batch
 from core.engine_config import EngineConfig
 from core.errors import AdapterUnavailableError, InvalidRequestError
 from core.factors import FactorSource
 from core.kv_cache import KVPool
+from core.kv_storage import KVStorage, bytes_per_token
 from core.model import LlamaModel
 from core.next_tokens import NextToken, next_tokens
 from core.request_check import check_request

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.attention import KVStorage, prompt_attention
 from core.batch import Batch
+from core.kv_storage import KVStorage
 from core.model_config import ModelConfig
 from core.ops import AdapterBinding, Ops
 from core.rotary import Rotary
@@ -62,22 +62,11 @@ class LlamaModel:
         if adapters is not None:
             adapters.add(index, QKV, h_TH, qkv_TO)
         query_TND = self.ops.rotate_and_store(qkv_TO, cos_sin, kv, index, batch.kv_slot_T)
-        mixed_TH = self._attend(index, query_TND, batch, kv)
+        mixed_TH = self.ops.attention(query_TND, kv, index, batch).flatten(1)
         out_TH = layer.o(mixed_TH)
         if adapters is not None:
             adapters.add(index, OUT, mixed_TH, out_TH)
         return out_TH
-
-    def _attend(self, index: int, query_TND: Tensor, batch: Batch, kv: KVStorage) -> Tensor:
-        parts = [
-            prompt_attention(kv, index, rows, query_TND[rows.start : rows.end])
-            for rows in batch.prompts
-        ]
-        if batch.decode is not None:
-            rows_TND = query_TND[: len(batch.decode.length_S)]
-            parts.insert(0, self.ops.decode_attention(rows_TND, kv, index, batch.decode))
-        mixed_TND = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return mixed_TND.flatten(1)
 
     def _mlp(
         self, index: int, layer: LayerWeights, h_TH: Tensor, adapters: AdapterBinding | None

@@ -3,8 +3,8 @@
 `TorchOps` runs anywhere that torch does and is the slow twin of `kernels.cpu_ops.CpuOps`. Neither
 knows the order of a forward.
 
-Shape legend: T rows of the step, S single-token rows, H hidden size, I intermediate size, N query
-heads, K key and value heads, D head dimension, L positions attended to, O output features.
+Shape legend: T rows of the step, H hidden size, I intermediate size, N query heads, D head
+dimension, O output features.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.adapter_slots import AdapterSlots
-from core.attention import KVStorage
-from core.batch import AdapterRows, DecodeRows
+from core.attention import attention
+from core.batch import AdapterRows, Batch
+from core.kv_storage import KVStorage
 from core.model_config import ModelConfig
 
 
@@ -52,10 +53,8 @@ class Ops(Protocol):
         """Rotate queries and keys, store keys and values; return the queries [T, N, D]."""
         ...
 
-    def decode_attention(
-        self, query_SND: Tensor, kv: KVStorage, layer: int, rows: DecodeRows
-    ) -> Tensor:
-        """Attention of one row per sequence over the sequence's pages, [S, N, D]."""
+    def attention(self, query_TND: Tensor, kv: KVStorage, layer: int, batch: Batch) -> Tensor:
+        """Attention of all rows over their own sequences' pages, [T, N, D] contiguous."""
         ...
 
     def bind(self, adapter_rows: Seq[AdapterRows]) -> AdapterBinding | None:
@@ -107,20 +106,9 @@ class TorchOps:
         kv.values[layer].index_copy_(0, slot_T, heads[:, num_rotated:])
         return rotated[:, :num_heads]
 
-    def decode_attention(
-        self, query_SND: Tensor, kv: KVStorage, layer: int, rows: DecodeRows
-    ) -> Tensor:
-        """See `Ops.decode_attention`. Copies the pages of all rows, padded to the longest."""
-        key_SLKD, value_SLKD = kv.gather(layer, rows.page_SP)
-        # The query heads of one key head stand as rows of one query, so no key is repeated.
-        query_SKGD = query_SND.reshape(len(query_SND), key_SLKD.shape[2], -1, query_SND.shape[-1])
-        out_SKGD = F.scaled_dot_product_attention(
-            query_SKGD,
-            key_SLKD.transpose(1, 2),
-            value_SLKD.transpose(1, 2),
-            attn_mask=rows.visible_SL[:, None, None],
-        )
-        return out_SKGD.flatten(1, 2)
+    def attention(self, query_TND: Tensor, kv: KVStorage, layer: int, batch: Batch) -> Tensor:
+        """See `Ops.attention`."""
+        return attention(query_TND, kv, layer, batch).contiguous()
 
     def bind(self, adapter_rows: Seq[AdapterRows]) -> AdapterBinding | None:
         """See `Ops.bind`."""

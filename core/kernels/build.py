@@ -1,4 +1,4 @@
-"""Compiles cpu.c once per machine and loads it; without a C compiler there are no kernels.
+"""Compiles the C files of this folder once per machine and loads them; no compiler, no kernels.
 
 The library is linked without an OpenMP runtime of its own: its symbols resolve to the one that
 torch has loaded, so that both share one pool of threads. Knows nothing of what the kernels do.
@@ -21,7 +21,7 @@ from platformdirs import user_cache_dir
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("cpu.c")
+_FOLDER = Path(__file__).parent
 _FLAGS = (
     *("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC"),
     "-Wno-unknown-pragmas",
@@ -59,7 +59,9 @@ def _key(compiler: str) -> str:
         check=True,
         timeout=_COMPILE_SECONDS,
     ).stdout
-    parts = (_SOURCE.read_text(), *_FLAGS, version, torch.__version__, _processor())
+    files = sorted(path for path in _FOLDER.iterdir() if path.suffix in {".c", ".h"})
+    sources = (part for path in files for part in (path.name, path.read_text()))
+    parts = (*sources, *_FLAGS, version, torch.__version__, _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -74,10 +76,15 @@ def _compile(compiler: str, path: Path) -> None:
     """Compile and link next to `path`, then rename, so that two processes may do it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
+        sources = sorted(_FOLDER.glob("*.c"))
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        linked = Path(folder) / "cpu.so"
         for command in (
-            [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
+            *(
+                [compiler, *_FLAGS, "-c", str(source), "-o", compiled]
+                for source, compiled in zip(sources, objects, strict=True)
+            ),
+            [compiler, "-shared", *objects, "-o", str(linked), "-lm"],
         ):
             subprocess.run(  # noqa: S603  a compiler found on PATH
                 command, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS

@@ -21,9 +21,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from core.attention import KVStorage
-from core.batch import AdapterRows, DecodeRows
+from core.batch import AdapterRows, Batch
 from core.factors import PROJECTIONS, AdapterFactors
+from core.kv_storage import KVStorage
 from core.model_config import ModelConfig
 from core.ops import AdapterBinding
 from core.weights import FUSED_PROJECTIONS
@@ -37,6 +37,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "silu_mul": [c_void_p] * 2 + [c_int64] * 2 + [c_int],
     "rotate_and_store": [c_void_p] * 6 + [c_int64] * 4 + [c_int],
     "decode_attention": [c_void_p, c_int64] + [c_void_p] * 5 + [c_int64] * 6 + [c_int],
+    "prompt_attention": [c_void_p, c_int64] + [c_void_p] * 5 + [c_int64] * 6 + [c_int],
     "add_low_rank": [c_void_p, c_int64, c_void_p, c_int64, c_void_p]
     + [c_int64] * 3
     + [c_void_p, c_int64, c_int],
@@ -102,30 +103,39 @@ class CpuOps:
         )
         return qkv_TO.view(len(qkv_TO), -1, config.head_dim)[:, : config.num_heads]
 
-    def decode_attention(
-        self, query_SND: Tensor, kv: KVStorage, layer: int, rows: DecodeRows
-    ) -> Tensor:
-        """See `Ops.decode_attention`; reads the pages where they are."""
+    def attention(self, query_TND: Tensor, kv: KVStorage, layer: int, batch: Batch) -> Tensor:
+        """See `Ops.attention`; reads the pages where they are."""
         config = self._config
-        out_SND = query_SND.new_empty(query_SND.shape)
-        failed = self._library.decode_attention(
-            query_SND.data_ptr(),
-            query_SND.stride(0),
-            kv.keys[layer].data_ptr(),
-            kv.values[layer].data_ptr(),
-            rows.page_SP.data_ptr(),
-            rows.length_S.data_ptr(),
-            out_SND.data_ptr(),
-            *rows.page_SP.shape,
-            kv.page_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            torch.get_num_threads(),
-        )
+        out_TND = query_TND.new_empty(query_TND.shape)
+        query = query_TND.data_ptr(), query_TND.stride(0)
+        pages = kv.keys[layer].data_ptr(), kv.values[layer].data_ptr()
+        heads = config.num_heads, config.num_kv_heads, config.head_dim, torch.get_num_threads()
+        decode, prompts, failed = batch.decode, batch.prompts, 0
+        if decode is not None:
+            failed |= self._library.decode_attention(
+                *query,
+                *pages,
+                decode.page_SP.data_ptr(),
+                decode.length_S.data_ptr(),
+                out_TND.data_ptr(),
+                *decode.page_SP.shape,
+                kv.page_size,
+                *heads,
+            )
+        if prompts is not None:
+            failed |= self._library.prompt_attention(
+                *query,
+                *pages,
+                prompts.page_QP.data_ptr(),
+                prompts.span_Q3.data_ptr(),
+                out_TND.data_ptr(),
+                *prompts.page_QP.shape,
+                kv.page_size,
+                *heads,
+            )
         if failed:
             raise MemoryError("no memory for attention scores")
-        return out_SND
+        return out_TND
 
     def bind(self, adapter_rows: Seq[AdapterRows]) -> AdapterBinding | None:
         """See `Ops.bind`."""

@@ -17,9 +17,9 @@ from tiny_models import (
 from transformers import LlamaForCausalLM
 
 from core import LLM, EngineConfig, SamplingParams
-from core.attention import KVStorage
 from core.batch import build_batch
 from core.factors import AdapterFactors
+from core.kv_storage import KVStorage
 from core.requests import GenerationRequest
 from core.sequence import Chunk, Sequence
 from serving.default_base import DownloadFailedError, ensure_default_base

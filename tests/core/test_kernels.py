@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import stat
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,17 @@ import torch
 from tiny_models import write_tiny_llama
 from torch import Tensor
 
-from core.attention import KVStorage
-from core.batch import DecodeRows
+from core.batch import Batch, build_batch
 from core.engine_config import EngineConfig
 from core.kernels import build
 from core.kernels.cpu_linear import PanelLinear, panel_width
 from core.kernels.cpu_ops import CpuOps
+from core.kv_storage import KVStorage
 from core.loading import load_engine
 from core.model_config import ModelConfig, read_model_config
 from core.ops import TorchOps
+from core.requests import GenerationRequest, SamplingParams
+from core.sequence import Chunk, Sequence
 
 CPU = torch.device("cpu")
 SHAPES = {  # heads, key heads, head_dim
@@ -116,31 +119,66 @@ def test_rotate_and_store(num_rows: int, config: ModelConfig, twins) -> None:
         assert_near(own, expected)
 
 
+def ragged_batch(spans: list[tuple[int, int]], page_size: int) -> Batch:
+    """Chunks (tokens before, tokens of the chunk) over scattered pages, one unused page first."""
+    num_pages = [-(-(before + count) // page_size) for before, count in spans]
+    order = torch.randperm(sum(num_pages), generator=torch.Generator().manual_seed(len(spans)))
+    pages = iter((order + 1).tolist())
+    chunks = []
+    for (before, count), needed in zip(spans, num_pages, strict=True):
+        request = GenerationRequest("r", (5,) * (before + count), SamplingParams())
+        seq = Sequence.start(request, arrived=0.0)
+        seq.pages = list(islice(pages, needed))
+        chunks.append(Chunk(seq, before, count))
+    return build_batch(chunks, page_size, CPU, with_lengths=False)
+
+
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("lengths", [[1], [16], [17, 1, 40], [5] * 9, [64, 3]], ids=str)
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [(0, 1)],
+        [(15, 1)],
+        [(16, 1), (0, 1), (39, 1)],
+        [(4, 1)] * 9,
+        [(63, 1), (2, 1)],
+        [(0, 2)],
+        [(0, 150)],
+        [(70, 9), (0, 65), (16, 16), (1, 48)],
+        [(30, 1), (0, 33), (5, 1), (129, 7)],
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_decode_attention(
-    page_size: int, lengths: list[int], spread: float, config: ModelConfig, twins
+def test_attention(
+    page_size: int, spans: list[tuple[int, int]], spread: float, config: ModelConfig, twins
 ) -> None:
-    """Ragged lengths over scattered pages; large scores leave one key all the weight."""
-    generator = torch.Generator().manual_seed(len(lengths))
-    num_pages = [-(-length // page_size) for length in lengths]
-    order = torch.randperm(sum(num_pages), generator=generator).tolist()
-    page_SP = torch.empty(len(lengths), max(num_pages), dtype=torch.int64)
-    for row, count in enumerate(num_pages):
-        own, order = order[:count], order[count:]
-        page_SP[row] = own[0]
-        page_SP[row, :count] = torch.tensor(own)
-    kv = KVStorage(config, sum(num_pages), page_size, CPU, torch.float32)
+    """Single rows and prompts over ragged pages; large scores leave one key all the weight."""
+    batch = ragged_batch(spans, page_size)
+    num_pages = 1 + sum(-(-(before + count) // page_size) for before, count in spans)
+    kv = KVStorage(config, num_pages, page_size, CPU, torch.float32)
     kv.keys[1].copy_(noise(*kv.keys[1].shape, seed=5, spread=spread))
     kv.values[1].copy_(noise(*kv.values[1].shape, seed=6))
-    length_S = torch.tensor(lengths)
-    visible_SL = torch.arange(page_SP.shape[1] * page_size) < length_S[:, None]
-    rows = DecodeRows(page_SP, length_S, visible_SL)
     # The engine passes the query heads as a view of a wider tensor.
-    wide = noise(len(lengths), config.num_heads + 3, config.head_dim, seed=7)
-    query_SND = wide[:, : config.num_heads]
-    assert_near(*(ops.decode_attention(query_SND, kv, 1, rows) for ops in twins), relative=3e-5)
+    wide = noise(len(batch.token_T), config.num_heads + 3, config.head_dim, seed=7)
+    query_TND = wide[:, : config.num_heads]
+    assert_near(*(ops.attention(query_TND, kv, 1, batch) for ops in twins), relative=3e-5)
+
+
+def test_attention_sees_nothing_of_later_or_foreign_places(config: ModelConfig, twins) -> None:
+    """NaN behind a row's own length, in its last page and in a page of nobody, changes nothing."""
+    batch = ragged_batch([(20, 1), (3, 30)], 16)
+    wide = noise(len(batch.token_T), config.num_heads, config.head_dim, seed=7)
+    found = []
+    for foreign in (0.0, float("nan")):
+        kv = KVStorage(config, 7, 16, CPU, torch.float32)
+        for tensor, seed in ((kv.keys[1], 5), (kv.values[1], 6)):
+            tensor.copy_(noise(*tensor.shape, seed=seed))
+            tensor[:16] = foreign
+            for page, used in ((batch.decode.page_SP[0, 1], 5), (batch.prompts.page_QP[0, 2], 1)):
+                tensor[page * 16 + used : (page + 1) * 16] = foreign
+        found.append(twins[0].attention(wide, kv, 1, batch))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("num_out", [1, 47, 48, 960])

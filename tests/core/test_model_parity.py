@@ -21,10 +21,10 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from core.attention import KVStorage
 from core.batch import AdapterRows, build_batch
 from core.engine_config import EngineConfig
 from core.factors import AdapterFactors
+from core.kv_storage import KVStorage
 from core.loading import load_engine
 from core.model import LlamaModel
 from core.model_config import read_model_config

@@ -1,0 +1,58 @@
+/* Norm, activation, and the step from projections to queries and stored keys and values. */
+#include "common.h"
+
+/* out[t] = x[t] / rms(x[t]) * weight, after x[t] += delta[t] where delta is given. */
+void rms_norm(float *x, const float *delta, const float *weight, float *out, int64_t rows,
+              int64_t width, float eps, int num_threads) {
+#pragma omp parallel for num_threads(threads_for(rows * width, num_threads))
+    for (int64_t t = 0; t < rows; t++) {
+        float *restrict xt = x + t * width;
+        float *restrict ot = out + t * width;
+        float squares = 0.0f;
+        if (delta) {
+            const float *restrict dt = delta + t * width;
+            for (int64_t i = 0; i < width; i++) xt[i] += dt[i];
+        }
+        for (int64_t i = 0; i < width; i++) squares += xt[i] * xt[i];
+        float scale = 1.0f / sqrtf(squares / (float)width + eps);
+        for (int64_t i = 0; i < width; i++) ot[i] = xt[i] * scale * weight[i];
+    }
+}
+
+/* out[t] = silu(x[t, :width]) * x[t, width:]. */
+void silu_mul(const float *x, float *out, int64_t rows, int64_t width, int num_threads) {
+#pragma omp parallel for num_threads(threads_for(rows * width, num_threads))
+    for (int64_t t = 0; t < rows; t++) {
+        const float *restrict gate = x + t * 2 * width, *restrict up = gate + width;
+        float *restrict ot = out + t * width;
+        for (int64_t i = 0; i < width; i++) {
+            float e = exp_of_nonpositive(-fabsf(gate[i])); /* one side of the sigmoid, no overflow */
+            float sigmoid = (gate[i] < 0.0f ? e : 1.0f) / (1.0f + e);
+            ot[i] = gate[i] * sigmoid * up[i];
+        }
+    }
+}
+
+/* Rotate the query and key heads of qkv[t] in place, then store keys and values at their slots. */
+void rotate_and_store(float *qkv, const float *cosines, const float *sines, const int64_t *slots,
+                      float *keys, float *values, int64_t rows, int64_t num_heads,
+                      int64_t num_kv_heads, int64_t dim, int num_threads) {
+    int64_t width = (num_heads + 2 * num_kv_heads) * dim, half = dim / 2;
+    int64_t kv_width = num_kv_heads * dim;
+#pragma omp parallel for num_threads(threads_for(rows * width, num_threads))
+    for (int64_t t = 0; t < rows; t++) {
+        const float *restrict c = cosines + t * dim, *restrict s = sines + t * dim;
+        float *row = qkv + t * width;
+        for (int64_t h = 0; h < num_heads + num_kv_heads; h++) {
+            float *restrict low = row + h * dim, *restrict high = low + half;
+            for (int64_t i = 0; i < half; i++) {
+                float a = low[i], b = high[i];
+                low[i] = a * c[i] - b * s[i];
+                high[i] = b * c[half + i] + a * s[half + i];
+            }
+        }
+        const float *key = row + num_heads * dim;
+        memcpy(keys + slots[t] * kv_width, key, kv_width * sizeof(float));
+        memcpy(values + slots[t] * kv_width, key + kv_width, kv_width * sizeof(float));
+    }
+}

@@ -1,0 +1,61 @@
+"""Keys and values in pages. Knows nothing of which pages belong to whom.
+
+Shape legend: P pages, K key and value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.model_config import ModelConfig
+
+
+class KVStorage:
+    """Keys and values of all layers. `keys[layer]` and `values[layer]` are [slots, K, D]."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.page_size = page_size
+        shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_dim)
+        self._storage = storage = _zeros(shape, device, dtype)
+        self.num_bytes = storage.nbytes
+        self.keys = tuple(layer[0] for layer in storage)
+        self.values = tuple(layer[1] for layer in storage)
+
+    def clear(self, page_P: Tensor) -> None:
+        """Zero whole pages of all layers.
+
+        What another sequence left in a page is gathered with the tokens of the next one. It gets
+        no weight, but 0 * inf is NaN.
+        """
+        if len(page_P):
+            self._storage.unflatten(2, (-1, self.page_size))[:, :, page_P] = 0
+
+    def gather(self, layer: int, page: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of whole pages, [*page.shape[:-1], P * page_size, K, D] each."""
+        heads = self.keys[layer].shape[1:]
+        paged = (-1, self.page_size, *heads)
+        flat = (*page.shape[:-1], page.shape[-1] * self.page_size, *heads)
+        key, value = self.keys[layer].view(paged), self.values[layer].view(paged)
+        return key[page].view(flat), value[page].view(flat)
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token's keys and values take in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros; on the CPU from calloc, so that pages never used take no memory."""
+    if device.type != "cpu":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    count = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
