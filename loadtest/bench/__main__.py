@@ -16,6 +16,7 @@ import click
 
 from loadtest.bench.charts import write_chart
 from loadtest.bench.inputs import default_base, prepare, tiny_base
+from loadtest.bench.limit import limits_of, measure_speed, read_shape
 from loadtest.bench.machine import describe_machine
 from loadtest.bench.markdown import markdown
 from loadtest.bench.peers import PEERS, chosen_peers, hint, missing_peers, versions
@@ -84,12 +85,15 @@ def bench(
     _say("preparing base, adapters and prompts")
     inputs = prepare(base or (tiny_base(cache) if short else default_base()), sizes, cache)
     plan = make_plan(inputs.prompts, sizes, num_rounds, names)
+    _say("measuring what this machine can do at best")
+    speed = measure_speed(threads, short=short)
     with ExitStack() as stack:
         session = Session(stack, plan, inputs, out, threads, _say)
         contestants = session.start(parts or OWN_PARTS, peers)
         results = session.take_turns(contestants)
         results = session.judged(results)
         reach = session.reach()
+    speed = speed.at_best(measure_speed(threads, short=short))
     report = Report(
         conditions={
             "date": datetime.now(UTC).date().isoformat(),
@@ -105,6 +109,8 @@ def bench(
         rounds=results,
         lifecycle=session.lifecycle,
         reach=reach,
+        speed=speed,
+        limits=limits_of(read_shape(inputs.base), speed, sizes, plan.workloads),
     )
     _write(out, report)
     refuse_inexact(report)

@@ -14,9 +14,9 @@ import click
 
 from loadtest.bench.inputs import default_base, prepare
 from loadtest.bench.machine import describe_machine
-from loadtest.bench.markdown import plain, table
 from loadtest.bench.plan import FULL
 from loadtest.bench.scale import ScaleBench, ScaleResult
+from loadtest.bench.tables import plain, table
 from loadtest.errors import LoadtestError
 from loadtest.stats import Distribution
 
