@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 from loadtest.bench.charts import write_chart
+from loadtest.bench.console import end_as_exceptions_do, say
 from loadtest.bench.inputs import default_base, prepare, tiny_base
 from loadtest.bench.limit import limits_of, measure_speed, read_shape
 from loadtest.bench.machine import describe_machine
@@ -58,7 +56,7 @@ def main(**options: Any) -> None:
 
     Fails when something cannot run or an answer of ours is not exact, never on a time.
     """
-    signal.signal(signal.SIGTERM, _leave)
+    end_as_exceptions_do()
     try:
         bench(**options)
     except LoadtestError as error:
@@ -82,13 +80,13 @@ def bench(
     cache, homes = out / "cache", out / "peers"
     peers = chosen_peers(parts, homes, is_short=short)
     missing = [] if parts or short else missing_peers(PEERS, homes)
-    _say("preparing base, adapters and prompts")
+    say("preparing base, adapters and prompts")
     inputs = prepare(base or (tiny_base(cache) if short else default_base()), sizes, cache)
     plan = make_plan(inputs.prompts, sizes, num_rounds, names)
-    _say("measuring what this machine can do at best")
+    say("measuring what this machine can do at best")
     speed = measure_speed(threads, short=short)
     with ExitStack() as stack:
-        session = Session(stack, plan, inputs, out, threads, _say)
+        session = Session(stack, plan, inputs, out, threads, say)
         contestants = session.start(parts or OWN_PARTS, peers)
         results = session.take_turns(contestants)
         results = session.judged(results)
@@ -122,15 +120,6 @@ def _write(out: Path, report: Report) -> None:
     write_json(out / "bench.json", report)
     write_chart(out / "bench.png", report)
     click.echo(page)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """End as an exception does, so that no server or peer is left behind."""
-    sys.exit(128 + number)
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
 
 
 if __name__ == "__main__":

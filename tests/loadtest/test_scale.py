@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save_file
 
+from loadtest.bench.sampled_exactness import SampledExactness
 from loadtest.bench.scale import ScaleResult
 from loadtest.bench.scale_command import scale_page
 from loadtest.bench.variants import Variants
@@ -46,16 +47,20 @@ def test_variants_are_distinct_and_the_same_each_time(template: Path, shared_ban
 def test_the_report_counts_per_adapter_and_by_round() -> None:
     some = distribution([0.01, 0.02, 0.03])
     result = ScaleResult(
-        1000, True, some, some, some, pss_bytes=1000 << 20, store_bytes=500 << 20,
+        1000, 64, 16, True, some, some, some, pss_bytes=1000 << 20, store_bytes=500 << 20,
         lora_bytes=5 << 20, base_without=[100.0, 200.0], base_with=[99.0, 150.0],
         zipf_few=[80.0, 80.0], zipf_all=[60.0, 40.0], quiet=[300.0, 300.0],
         registering=[290.0, 292.0], foreign_cores=[0.0, 0.3],
+        exactness=SampledExactness(500, 40, 39, 1, 12),
     )  # fmt: skip
     page = scale_page(result, {"cores": 2})
     assert "# 1,000 adapters in one server, one shared bank" in page
     assert "| memory (PSS) per registered adapter, none used yet | 1.000 MiB |" in page
     assert "by that memory | 5.0 times |" in page
-    assert "| the last 100 | 20.0 / 30.0 ms |" in page
+    assert "| the last 3 | 20.0 / 30.0 ms |" in page
     assert "| base alone, all registered | 124.5 (99.0 to 150.0) | 0.87 |" in page
-    assert "| 16 clients, Zipf's law over all | 50.0 (40.0 to 60.0) | 0.62 |" in page
+    assert "| Zipf's law over 64 | 80.0 (80.0 to 80.0) |  |" in page
+    assert "| Zipf's law over all | 50.0 (40.0 to 60.0) | 0.62 |" in page
+    assert "1.000 of 40 answers that were judged, over 12 adapters and the base, of 500" in page
+    assert "1 ties set aside" in page
     assert "- cores: 2\n- other programs: at most 0.30 cores in a wave" in page
