@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import click
 
 from loadtest.bench.charts import write_chart
-from loadtest.bench.console import end_as_exceptions_do, say
+from loadtest.bench.console import conditions_now, end_as_exceptions_do, say
 from loadtest.bench.inputs import default_base, prepare, tiny_base
 from loadtest.bench.limit import limits_of, measure_speed, read_shape
-from loadtest.bench.machine import describe_machine
 from loadtest.bench.markdown import markdown
 from loadtest.bench.peers import PEERS, chosen_peers, hint, missing_peers, versions
 from loadtest.bench.plan import FULL, SHORT, WORKLOADS, make_plan
@@ -94,8 +92,7 @@ def bench(
     speed = speed.at_best(measure_speed(threads, short=short))
     report = Report(
         conditions={
-            "date": datetime.now(UTC).date().isoformat(),
-            **describe_machine(),
+            **conditions_now(),
             "threads": session.peft.ready["threads"],
             "versions": {**session.peft.ready["versions"], "vbserve": version("vbserve")},
             **({"peers": versions(peers, homes)} if peers else {}),

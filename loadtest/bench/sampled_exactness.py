@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from loadtest.bench.contestants import WaveResult
 from loadtest.bench.exactness import Judge, Output
-from loadtest.bench.plan import BenchRequest, Wave
+from loadtest.bench.plan import BenchRequest
 from loadtest.bench.processes import ScriptPeer
 from loadtest.bench.variants import Variants
 from loadtest.errors import BenchError
@@ -29,14 +28,13 @@ class Sample:
         numbers = {output.request.adapter for output in self.outputs}
         return sorted(number for number in numbers if number is not None)
 
-    def take(self, wave: Wave, result: WaveResult) -> None:
-        """Choose among a wave's answers."""
-        self.num_answers += len(wave.requests)
-        for place in self._chosen(wave.requests):
-            ids = tuple(result.records[place].token_ids)
-            self.outputs.append(Output(wave.requests[place], ids))
+    def take(self, requests: Sequence[BenchRequest], answers: Sequence[Sequence[int]]) -> None:
+        """Choose among a wave's answers, which stand in the order of its requests."""
+        self.num_answers += len(requests)
+        for place in self._chosen(requests):
+            self.outputs.append(Output(requests[place], tuple(answers[place])))
 
-    def _chosen(self, requests: tuple[BenchRequest, ...]) -> list[int]:
+    def _chosen(self, requests: Sequence[BenchRequest]) -> list[int]:
         first, again, seen = list[int](), list[int](), set[int | None]()
         for place in self._rng.sample(range(len(requests)), len(requests)):
             adapter = requests[place].adapter

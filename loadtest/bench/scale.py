@@ -144,6 +144,7 @@ class ScaleBench:
     def _judge(self) -> SampledExactness:
         self._say(f"judging {len(self._sample.outputs)} of {self._sample.num_answers} answers")
         vblora = self._root / "judged"
+        vblora.mkdir()
         write_variants(self._variants, self._sample.adapters, vblora)
         return judge_sample(self._sample, self._base, vblora, self._out / "judge_peer.log")
 
@@ -223,5 +224,5 @@ class ScaleBench:
         with measured_load() as load:
             result = contestant.run(wave, max_tokens or self._sizes.max_tokens)
         self._loads.append(load.foreign_cores or 0.0)
-        self._sample.take(wave, result)
+        self._sample.take(wave.requests, [record.token_ids for record in result.records])
         return sum(record.num_tokens for record in result.records) / result.wall_seconds

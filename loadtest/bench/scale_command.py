@@ -6,16 +6,14 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
 
-from loadtest.bench.console import end_as_exceptions_do, say
+from loadtest.bench.console import conditions_now, end_as_exceptions_do, say
 from loadtest.bench.inputs import default_base, prepare, tiny_base
-from loadtest.bench.machine import describe_machine
 from loadtest.bench.plan import FULL, SHORT
 from loadtest.bench.scale import SCALE_SHORT, ScaleBench, ScaleResult, ScaleSizes
 from loadtest.bench.tables import plain, table
@@ -71,7 +69,7 @@ def bench_scale(
     with ExitStack() as stack:
         bench = ScaleBench(stack, inputs, sizes, scale, shared_bank=shared_bank, out=out, say=say)
         result = bench.run(rounds or (1 if short else 3))
-    page = scale_page(result, {"date": datetime.now(UTC).date().isoformat(), **describe_machine()})
+    page = scale_page(result, conditions_now())
     name = "scale-shared" if shared_bank else "scale"
     (out / f"{name.upper()}.md").write_text(page)
     (out / f"{name}.json").write_text(json.dumps(asdict(result), indent=1))
