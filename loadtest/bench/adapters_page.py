@@ -113,7 +113,7 @@ def _first_token(axes: Axes, result: AdaptersResult) -> None:
     ):
         axes.plot(places, values, "o-", color=colour, label=name)
         for place, value in zip(places, values, strict=True):
-            label(axes, place, value, f"{value:.0f}")
+            label(axes, place, value, f"{value:.0f}", below=name == "p50")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
     axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
 

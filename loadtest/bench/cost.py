@@ -10,11 +10,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-from loadtest.bench.inputs import Inputs, prepare
+from loadtest.bench.inputs import Inputs
 from loadtest.bench.limit import MachineSpeed, read_shape, step_seconds
 from loadtest.bench.machine import measured_load
 from loadtest.bench.plan import BenchRequest, BenchSizes, TokenIds
@@ -125,20 +125,18 @@ class CostBench:
         return result
 
     def _collect_adapters(self) -> dict[int, list[int]]:
-        """Numbers by rank: the bench's own adapters, and variants of one of each other rank."""
+        """Numbers by rank: the bench's own adapters, and variants of one in each other rank."""
         own, sizes = self._bench_sizes, self._sizes
+        source = (self._inputs.adapters / "vblora").resolve()
         found = {own.rank: list(range(own.num_adapters))}
-        for number in found[own.rank]:
-            name = f"{number:03d}"
-            (self._vblora / name).symlink_to((self._inputs.adapters / "vblora" / name).resolve())
+        for name in (f"{number:03d}" for number in found[own.rank]):
+            (self._vblora / name).symlink_to(source / name)
+        first = own.num_adapters
         for rank in (rank for rank in sizes.ranks if rank != own.rank):
-            self._say(f"preparing adapters of rank {rank}")
-            one = replace(own, rank=rank, num_adapters=1)
-            inputs = prepare(self._inputs.base, one, self._out / "cache")
-            first = max(max(numbers) for numbers in found.values()) + 1
             found[rank] = list(range(first, first + sizes.num_sequences))
-            variants = Variants(inputs.adapters / "vblora" / "000", shared_bank=False)
+            variants = Variants(source / "000", shared_bank=False, rank=rank)
             write_variants(variants, found[rank], self._vblora)
+            first += sizes.num_sequences
         return found
 
     def _measure(self, point: Point, result: CostResult) -> float:

@@ -119,5 +119,5 @@ def _rank_curve(axes: Axes, result: CostResult) -> None:
 
 
 def _from_zero(axes: Axes) -> None:
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.3)
     axes.legend(fontsize=8, frameon=False, loc="upper left")

@@ -41,10 +41,11 @@ def powers_of_two(axes: Axes, values: Sequence[int]) -> None:
     axes.set_xticks(values, [f"{value:,}" for value in values])
 
 
-def label(axes: Axes, x: float, y: float, text: str) -> None:
-    """A small number above a point."""
+def label(axes: Axes, x: float, y: float, text: str, *, below: bool = False) -> None:
+    """A small number above (or below) a point."""
+    offset = (0, -12 if below else 5)
     axes.annotate(
-        text, (x, y), (0, 5), textcoords="offset points", ha="center", fontsize=8, color=INK
+        text, (x, y), offset, textcoords="offset points", ha="center", fontsize=8, color=INK
     )
 
 

@@ -20,7 +20,7 @@ INDICES = "base_model.model.a.vblora_logits_A_topk_indices"
 @pytest.fixture
 def template(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "VBLORA"}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "VBLORA", "r": 6}))
     tensors = {
         BANK: rng.normal(size=(16, 4)).astype(np.float32),
         INDICES: np.argsort(rng.random((6, 16)))[:, :3].astype(np.uint8),
@@ -42,6 +42,29 @@ def test_variants_are_distinct_and_the_same_each_time(template: Path, shared_ban
     for tensors in (first, second):
         assert tensors[INDICES].dtype == np.uint8
         assert all(len(set(row)) == 3 for row in tensors[INDICES].tolist())
+
+
+def test_variants_of_another_rank_use_other_vectors_of_a_scaled_bank(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "topk": 3}))
+    rng = np.random.default_rng(0)
+    b_indices = INDICES.replace("A_topk", "B_topk")
+    tensors = {
+        BANK: rng.normal(size=(16, 4)).astype(np.float32),
+        INDICES: np.argsort(rng.random((2, 5, 16)))[..., :3].astype(np.uint8),
+        b_indices: np.argsort(rng.random((7, 2, 16)))[..., :3].astype(np.uint8),
+        INDICES.replace("indices", "weights"): rng.random((2, 5, 2)).astype(np.float32),
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    files = Variants(tmp_path, shared_bank=False, rank=32).files(0)
+    assert json.loads(files["adapter_config.json"]) == {"r": 32, "topk": 3}
+    found = load(files["adapter_model.safetensors"])
+    assert found[INDICES].shape == (32, 5, 3) and found[b_indices].shape == (7, 32, 3)
+    assert found[INDICES.replace("indices", "weights")].shape == (32, 5, 2)
+    assert len({rows.tobytes() for rows in found[INDICES]}) == 32
+    assert all(len(set(row)) == 3 for row in found[b_indices].reshape(-1, 3).tolist())
+    assert found[BANK].std() == pytest.approx(0.5 * tensors[BANK].std(), rel=0.1)
+    smaller = Variants(tmp_path, shared_bank=False, rank=1).files(0)
+    assert load(smaller["adapter_model.safetensors"])[INDICES].shape == (1, 5, 3)
 
 
 def test_the_report_counts_per_adapter_and_by_round() -> None:
