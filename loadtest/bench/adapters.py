@@ -104,7 +104,7 @@ class AdaptersBench:
         """Register, then measure `num_rounds` rounds, then judge. Raises BenchError."""
         result = self._registered()
         for number in range(num_rounds):
-            for place in _turns(len(self._counts), number):
+            for place in turns_of(len(self._counts), number):
                 self._measure(result, number, place)
             self._say(f"round {number + 1} of {num_rounds}")
         result.pss_end_bytes = self._server.pss_bytes()
@@ -112,12 +112,10 @@ class AdaptersBench:
         return result
 
     def _registered(self) -> AdaptersResult:
-        """Memory after each step; one more adapter comes first, with what only the first costs."""
+        """Memory after each step; some more adapters come first, with what only the first cost."""
         sizes, extra = self._sizes, self._counts[-1]
-        self._register(range(extra, extra + 1))
-        warmup = self._prompts(0)[: sizes.num_clients]
-        for adapter in (None, extra):
-            self._run(_wave(warmup, [adapter] * len(warmup), sizes.num_clients))
+        self._register(range(extra, extra + sizes.num_clients))
+        self._warm_up(extra)
         before, figures, done = self._server.pss_bytes(), [], 0
         for num in self._counts:
             self._say(f"registering up to {num}")
@@ -125,6 +123,7 @@ class AdaptersBench:
             done, now = num, self._server.pss_bytes()
             added = None if now is None or before is None else now - before
             figures.append(CountFigures(num, added))
+        self._warm_up(None)  # what registering left behind is done meanwhile
         return AdaptersResult(
             figures,
             sizes.num_clients,
@@ -134,6 +133,10 @@ class AdaptersBench:
             self._popularity_name,
             self._server.adapter(adapter_id(extra))["factor_bytes"],
         )
+
+    def _warm_up(self, adapter: int | None) -> None:
+        num = self._sizes.num_clients
+        self._run(_wave(self._prompts(0)[:num], [adapter] * num, num))
 
     def _register(self, numbers: Sequence[int]) -> None:
         self._server.upload(self._variants.uploads([(n, adapter_id(n)) for n in numbers]))
@@ -173,9 +176,10 @@ class AdaptersBench:
         return judge_sample(self._sample, self._inputs.base, vblora, self._judge_log)
 
 
-def _turns(num: int, number: int) -> list[int]:
-    """Each round begins one later, every other one runs backwards."""
-    turned = [(place + number) % num for place in range(num)]
+def turns_of(num: int, number: int) -> list[int]:
+    """Forwards, backwards, then both from the middle on: none is always first or after the same."""
+    shift = number // 2 * (num // 2)
+    turned = [(place + shift) % num for place in range(num)]
     return turned[:: -1 if number % 2 else 1]
 
 

@@ -14,7 +14,7 @@ from loadtest.bench.tables import MIB, mib, pair, plain, table
 from loadtest.stats import distribution
 
 _KIB = 1024
-_LEAST_FOR_MEMORY = 16  # below it, a server's memory moves more than its adapters take
+_LEAST_FOR_MEMORY = 64  # below it, a server's memory moves more than its adapters take
 
 
 def adapters_page(result: AdaptersResult, conditions: Mapping[str, object]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.bench.adapters import COUNTS, AdaptersResult, CountFigures
+from loadtest.bench.adapters import COUNTS, AdaptersResult, CountFigures, turns_of
 from loadtest.bench.adapters_command import parse_counts
 from loadtest.bench.adapters_page import adapters_page, write_adapters_chart
 from loadtest.bench.cost import CostResult, CostSizes, Point, points_of
@@ -40,6 +40,12 @@ def test_counts_rise_from_the_base() -> None:
     for text, message in (("1,x", "not numbers"), ("-1,2", "negative")):
         with pytest.raises(BenchError, match=message):
             parse_counts(text)
+
+
+def test_no_wave_has_the_same_place_in_two_rounds_that_follow() -> None:
+    rounds = [turns_of(7, number) for number in range(4)]
+    assert all(sorted(places) == list(range(7)) for places in rounds)
+    assert [places.index(0) for places in rounds] == [0, 6, 4, 2]
 
 
 def test_the_page_by_number_of_adapters() -> None:
