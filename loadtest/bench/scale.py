@@ -39,10 +39,11 @@ _NONE_WORKLOADS = frozenset[str]()
 class ScaleSizes:
     """How much of everything, beside the sizes of the workloads.
 
-    num_few      adapters of the workload that all are compared with
-    num_ends     registrations at either end, and while streams run
-    long_tokens  output of the streams that run while adapters are registered
-    num_judged   answers of each wave that are compared with PEFT's
+    num_few        adapters of the workload that all are compared with
+    num_ends       registrations at either end, and while streams run
+    long_tokens    output of the streams that run while adapters are registered
+    num_judged     answers of each wave that are compared with PEFT's
+    beside_empty   whether there is a server without adapters, else the full one stands in for it
     """
 
     num_adapters: int = 10_000
@@ -50,9 +51,12 @@ class ScaleSizes:
     num_ends: int = 100
     long_tokens: int = 256
     num_judged: int = 8
+    beside_empty: bool = True
 
 
-SCALE_SHORT = ScaleSizes(num_adapters=8, num_few=3, num_ends=3, long_tokens=24, num_judged=3)
+SCALE_SHORT = ScaleSizes(
+    num_adapters=8, num_few=3, num_ends=3, long_tokens=24, num_judged=3, beside_empty=False
+)
 
 
 @dataclass
@@ -120,8 +124,8 @@ class ScaleBench:
         self._log.unlink(missing_ok=True)
         self._root = Path(tempfile.mkdtemp(prefix="vbserve-scale-", dir=out))
         stack.callback(shutil.rmtree, self._root, ignore_errors=True)
-        self._empty = self._server("empty")
         self._full = self._server("full")
+        self._empty = self._server("empty") if scale.beside_empty else self._full
         self._loads: list[float] = []
         self._next_new = self._num
 
