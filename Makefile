@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help serve test check bench bench-scale peers
+.PHONY: help serve test check bench bench-adapters bench-cost bench-scale peers
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,8 @@ help:
 	@echo "make test    all tests"
 	@echo "make check   ruff, mypy, import-linter"
 	@echo "make bench   speed beside plain PEFT, and beside other servers that are installed"
+	@echo "make bench-adapters   speed and memory by number of adapters"
+	@echo "make bench-cost   how a decode step grows with sequences, context and rank"
 	@echo "make bench-scale   thousands of adapters in one server"
 	@echo "make peers   installs those: vLLM, llama.cpp, OpenVINO; ARGS chooses"
 
@@ -30,6 +32,12 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m loadtest.bench $(ARGS)
+
+bench-adapters: $(INSTALLED)
+	@$(BIN)/python -m loadtest.bench.adapters_command $(ARGS)
+
+bench-cost: $(INSTALLED)
+	@$(BIN)/python -m loadtest.bench.cost_command $(ARGS)
 
 bench-scale: $(INSTALLED)
 	@$(BIN)/python -m loadtest.bench.scale_command $(ARGS)

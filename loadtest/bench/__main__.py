@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import click
 
 from loadtest.bench.charts import write_chart
+from loadtest.bench.console import conditions_now, end_as_exceptions_do, say
 from loadtest.bench.inputs import default_base, prepare, tiny_base
-from loadtest.bench.machine import describe_machine
+from loadtest.bench.limit import limits_of, measure_speed, read_shape
 from loadtest.bench.markdown import markdown
 from loadtest.bench.peers import PEERS, chosen_peers, hint, missing_peers, versions
 from loadtest.bench.plan import FULL, SHORT, WORKLOADS, make_plan
@@ -57,7 +54,7 @@ def main(**options: Any) -> None:
 
     Fails when something cannot run or an answer of ours is not exact, never on a time.
     """
-    signal.signal(signal.SIGTERM, _leave)
+    end_as_exceptions_do()
     try:
         bench(**options)
     except LoadtestError as error:
@@ -81,19 +78,21 @@ def bench(
     cache, homes = out / "cache", out / "peers"
     peers = chosen_peers(parts, homes, is_short=short)
     missing = [] if parts or short else missing_peers(PEERS, homes)
-    _say("preparing base, adapters and prompts")
+    say("preparing base, adapters and prompts")
     inputs = prepare(base or (tiny_base(cache) if short else default_base()), sizes, cache)
     plan = make_plan(inputs.prompts, sizes, num_rounds, names)
+    say("measuring what this machine can do at best")
+    speed = measure_speed(threads, short=short)
     with ExitStack() as stack:
-        session = Session(stack, plan, inputs, out, threads, _say)
+        session = Session(stack, plan, inputs, out, threads, say)
         contestants = session.start(parts or OWN_PARTS, peers)
         results = session.take_turns(contestants)
         results = session.judged(results)
         reach = session.reach()
+    speed = speed.at_best(measure_speed(threads, short=short))
     report = Report(
         conditions={
-            "date": datetime.now(UTC).date().isoformat(),
-            **describe_machine(),
+            **conditions_now(),
             "threads": session.peft.ready["threads"],
             "versions": {**session.peft.ready["versions"], "vbserve": version("vbserve")},
             **({"peers": versions(peers, homes)} if peers else {}),
@@ -105,6 +104,8 @@ def bench(
         rounds=results,
         lifecycle=session.lifecycle,
         reach=reach,
+        speed=speed,
+        limits=limits_of(read_shape(inputs.base), speed, sizes, plan.workloads),
     )
     _write(out, report)
     refuse_inexact(report)
@@ -116,15 +117,6 @@ def _write(out: Path, report: Report) -> None:
     write_json(out / "bench.json", report)
     write_chart(out / "bench.png", report)
     click.echo(page)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """End as an exception does, so that no server or peer is left behind."""
-    sys.exit(128 + number)
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from loadtest.bench.contestants import OURS
 from loadtest.bench.lifecycle import Lifecycle
 from loadtest.bench.plan import WORKLOADS
 from loadtest.bench.reach import Reach
-from loadtest.bench.report import Report, peer_ratios, ratios
+from loadtest.bench.report import Report, limit_shares, peer_ratios, ratios
 from loadtest.bench.results import Cell, ratio
+from loadtest.bench.tables import MIB, in_ratio, in_seconds, mib, pair, plain, table
 from loadtest.stats import Distribution
 
 _NOISY_CORES = 0.2
-_MIB = 2**20
 _ABOUT_PEERS = (
     "The other servers have the plain LoRA too, and no prefix cache. vLLM and OpenVINO run twice: "
     "without LoRA for W1, W2 and W4b, where that is faster, and with it for the rest. OpenVINO has "
@@ -34,6 +35,7 @@ def markdown(report: Report) -> str:
         "## Ratios of throughput",
         "Medians over the rounds of the ratio within a round.",
         _ratios(report),
+        *_beside_limit(report),
         *_beside_peers(report),
         "## Latency, ms",
         "Over the requests of all rounds.",
@@ -96,11 +98,32 @@ def _ratios(report: Report) -> str:
     return table(["", "ratio"], rows) if rows else "None: no two contestants to compare."
 
 
+def _beside_limit(report: Report) -> list[str]:
+    """What the machine could do at best, and which share of it was reached."""
+    if report.speed is None or not report.limits:
+        return []
+    flops, read = report.speed.flops_per_second, report.speed.bytes_per_second
+    shares = limit_shares(report)
+    rows = [
+        [name, f"{limit:.1f}", *(in_ratio(shares.get((ours, name))) for ours in OURS)]
+        for name, limit in report.limits.items()
+    ]
+    return [
+        "### Beside the limit",
+        f"This machine multiplied square fp32 matrices at {flops / 1e9:.0f} GFLOP/s and summed a "
+        f"large array at {read / 1e9:.0f} GB/s, on the bench's threads, the best of many before "
+        "and after the rounds. At these speeds a wave of the base takes at least one step for all "
+        "prompts and one for each further token; a step is the longer of its arithmetic and its "
+        "reads (weights once, keys and values of each request).",
+        table(["", "limit, tok/s", *(f"{ours}, share" for ours in OURS)], rows),
+    ]
+
+
 def _beside_peers(report: Report) -> list[str]:
     if not report.peers:
         return []
     rows = [
-        [f"{ours} / {peer}", *(_ratio(row.get(workload)) for workload in report.workloads)]
+        [f"{ours} / {peer}", *(in_ratio(row.get(workload)) for workload in report.workloads)]
         for (ours, peer), row in peer_ratios(report.cells).items()
     ]
     return [
@@ -127,10 +150,10 @@ def _reach(report: Report) -> str:
         rows.append(
             [
                 name,
-                _seconds(reach.start_seconds),
-                _mib(reach.pss_bytes),
-                *map(_ratio, shares),
-                _pair(many.ttft if many else None),
+                in_seconds(reach.start_seconds),
+                mib(reach.pss_bytes),
+                *map(in_ratio, shares),
+                pair(many.ttft if many else None),
                 _wait(many.ttft if many else None),
             ]
         )
@@ -144,37 +167,37 @@ def _wait(ttft: Distribution | None) -> str:
     return f"{ttft.p99 / ttft.p50:.1f}"
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _latency(report: Report) -> str:
     rows = [
         [
             cell.contestant,
             workload,
-            _pair(cell.ttft),
-            _pair(cell.time_between_tokens),
-            _pair(cell.e2e),
+            pair(cell.ttft),
+            _wait(cell.ttft),
+            pair(cell.time_between_tokens),
+            pair(cell.e2e),
         ]
         for workload in report.workloads
         for name in report.contestants
         if (cell := report.cells.get((name, workload))) is not None
     ]
-    headers = ["", "", "first token p50 / p99", "between tokens p50 / p99", "end to end p50 / p99"]
-    return table(headers, rows)
+    headers = ["", "", "first token p50 / p99", "p99 / p50", "between tokens p50 / p99"]
+    return table([*headers, "end to end p50 / p99"], rows)
 
 
 def _lifecycle(life: Lifecycle) -> str:
     rows = [
-        ["start to ready", _seconds(life.first_ready_seconds)],
-        [f"start to ready with {life.num_adapters} registered", _seconds(life.again_ready_seconds)],
-        ["POST /v1/adapters, p50 / max", _pair(life.registration, high="max", unit=" ms")],
-        ["first token, adapter in no cache, p50 / max", _pair(life.cold_ttft, "max", " ms")],
-        ["first token, the same adapter again, p50 / max", _pair(life.warm_ttft, "max", " ms")],
-        ["memory (PSS) of the server, no adapter", _mib(life.pss_base_bytes)],
+        ["start to ready", in_seconds(life.first_ready_seconds)],
+        [
+            f"start to ready with {life.num_adapters} registered",
+            in_seconds(life.again_ready_seconds),
+        ],
+        ["POST /v1/adapters, p50 / max", pair(life.registration, high="max", unit=" ms")],
+        ["first token, adapter in no cache, p50 / max", pair(life.cold_ttft, "max", " ms")],
+        ["first token, the same adapter again, p50 / max", pair(life.warm_ttft, "max", " ms")],
+        ["memory (PSS) of the server, no adapter", mib(life.pss_base_bytes)],
         ["memory per registered adapter, unused", _per_adapter(life, life.pss_registered_bytes)],
-        ["memory at the end", _mib(life.pss_end_bytes)],
+        ["memory at the end", mib(life.pss_end_bytes)],
     ]
     return table(["", ""], rows)
 
@@ -182,7 +205,7 @@ def _lifecycle(life: Lifecycle) -> str:
 def _per_adapter(life: Lifecycle, total: int | None) -> str:
     if total is None or life.pss_base_bytes is None:
         return "-"
-    return f"{(total - life.pss_base_bytes) / life.num_adapters / _MIB:.2f} MiB"
+    return f"{(total - life.pss_base_bytes) / life.num_adapters / MIB:.2f} MiB"
 
 
 def _conditions(report: Report) -> str:
@@ -197,33 +220,3 @@ def _conditions(report: Report) -> str:
             "where one of them counts"
         )
     return "\n".join(lines)
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _pair(values: Distribution | None, high: str = "p99", unit: str = "") -> str:
-    if values is None or values.p50 is None:
-        return "-"
-    upper = values.max if high == "max" else values.p99
-    return f"{values.p50 * 1000:,.1f} / {(upper or 0.0) * 1000:,.1f}{unit}"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.1f} s"
-
-
-def _mib(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / _MIB:,.0f} MiB"
-
-
-def plain(value: object) -> str:
-    """A condition's value in words."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return str(value)

@@ -88,6 +88,11 @@ class Plan:
     rounds: tuple[tuple[Wave, ...], ...]
 
     @property
+    def workloads(self) -> list[str]:
+        """Names of the waves of a round."""
+        return [wave.workload for wave in self.rounds[0]]
+
+    @property
     def adapters_used(self) -> list[int]:
         """Numbers of the adapters that the rounds ask for."""
         used = {r.adapter for waves in self.rounds for wave in waves for r in wave.requests}

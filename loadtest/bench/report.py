@@ -19,6 +19,7 @@ from loadtest.bench.contestants import (
     PEFT_SINGLE,
 )
 from loadtest.bench.lifecycle import Lifecycle
+from loadtest.bench.limit import MachineSpeed
 from loadtest.bench.plan import WORKLOADS, BenchSizes
 from loadtest.bench.reach import Reach
 from loadtest.bench.results import Cells, RoundResult, ratio
@@ -27,7 +28,10 @@ from loadtest.errors import BenchError
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page, the plots and the JSON show."""
+    """All that the page, the plots and the JSON show.
+
+    limits   output tokens a second that `speed` allows at most, by workload
+    """
 
     conditions: Mapping[str, object]
     sizes: BenchSizes
@@ -36,6 +40,8 @@ class Report:
     rounds: Sequence[RoundResult]
     lifecycle: Lifecycle | None
     reach: Mapping[str, Reach] = field(default_factory=dict)
+    speed: MachineSpeed | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def contestants(self) -> list[str]:
@@ -91,6 +97,16 @@ def peer_ratios(cells: Cells) -> dict[tuple[str, str], dict[str, float]]:
     return found
 
 
+def limit_shares(report: Report) -> dict[tuple[str, str], float]:
+    """Our throughput by the limit: (ours, workload) → share."""
+    return {
+        (ours, workload): report.cells[ours, workload].tokens_per_second / limit
+        for workload, limit in report.limits.items()
+        for ours in OURS
+        if (ours, workload) in report.cells
+    }
+
+
 def write_json(path: Path, report: Report) -> None:
     """Write conditions, sizes, figures, and every round with its load and verdicts."""
     content = {
@@ -100,6 +116,11 @@ def write_json(path: Path, report: Report) -> None:
         "ratios": ratios(report.cells),
         "peer_ratios": {
             f"{ours} / {peer}": row for (ours, peer), row in peer_ratios(report.cells).items()
+        },
+        "speed": report.speed,
+        "limits": report.limits,
+        "limit_shares": {
+            f"{ours}, {workload}": share for (ours, workload), share in limit_shares(report).items()
         },
         "lifecycle": report.lifecycle,
         "reach": report.reach,

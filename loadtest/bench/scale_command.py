@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 
-from loadtest.bench.inputs import default_base, prepare
-from loadtest.bench.machine import describe_machine
-from loadtest.bench.markdown import plain, table
-from loadtest.bench.plan import FULL
-from loadtest.bench.scale import ScaleBench, ScaleResult
+from loadtest.bench.console import conditions_now, end_as_exceptions_do, say
+from loadtest.bench.inputs import default_base, prepare, tiny_base
+from loadtest.bench.plan import FULL, SHORT
+from loadtest.bench.scale import SCALE_SHORT, ScaleBench, ScaleResult, ScaleSizes
+from loadtest.bench.tables import plain, table
 from loadtest.errors import LoadtestError
 from loadtest.stats import Distribution
 
@@ -24,9 +24,10 @@ _MIB = 2**20
 
 
 @click.command()
-@click.option("--adapters", type=click.IntRange(min=200), default=10_000, show_default=True)
+@click.option("--short", is_flag=True, help="Tiny sizes: does it run, and is it exact?")
+@click.option("--adapters", type=click.IntRange(min=1), help="[default: 10,000; short: 8]")
 @click.option("--shared-bank", is_flag=True, help="All over one bank, not a bank each.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), help="[default: 3; short: 1]")
 @click.option(
     "--base",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -38,52 +39,76 @@ _MIB = 2**20
     default="bench-out",
     show_default=True,
 )
-def main(adapters: int, shared_bank: bool, rounds: int, base: Path | None, out: Path) -> None:
-    """Register thousands of adapters in one server and measure what they cost."""
+def main(**options: Any) -> None:
+    """Register thousands of adapters in one server and measure what they cost: SCALE.md.
+
+    Fails when something cannot run or an answer that was judged is not exact, never on a time.
+    """
+    end_as_exceptions_do()
     try:
-        inputs = prepare(base or default_base(), FULL, out / "cache")
-        with ExitStack() as stack:
-            bench = ScaleBench(
-                stack, inputs, FULL, adapters, shared_bank=shared_bank, out=out, say=_say
-            )
-            result = bench.run(rounds)
+        bench_scale(**options)
     except LoadtestError as error:
         raise click.ClickException(str(error)) from error
-    page = scale_page(result, {"date": datetime.now(UTC).date().isoformat(), **describe_machine()})
+
+
+def bench_scale(
+    *,
+    short: bool,
+    adapters: int | None,
+    shared_bank: bool,
+    rounds: int | None,
+    base: Path | None,
+    out: Path,
+) -> None:
+    """Run with the command's options. Raises LoadtestError."""
+    sizes, scale = (SHORT, SCALE_SHORT) if short else (FULL, ScaleSizes())
+    if adapters:
+        scale = replace(scale, num_adapters=adapters)
+    cache = out / "cache"
+    inputs = prepare(base or (tiny_base(cache) if short else default_base()), sizes, cache)
+    with ExitStack() as stack:
+        bench = ScaleBench(stack, inputs, sizes, scale, shared_bank=shared_bank, out=out, say=say)
+        result = bench.run(rounds or (1 if short else 3))
+    page = scale_page(result, conditions_now())
     name = "scale-shared" if shared_bank else "scale"
     (out / f"{name.upper()}.md").write_text(page)
     (out / f"{name}.json").write_text(json.dumps(asdict(result), indent=1))
     click.echo(page)
+    if result.exactness is not None:
+        result.exactness.refuse_inexact()
 
 
 def scale_page(result: ScaleResult, conditions: dict[str, object]) -> str:
     """The figures as Markdown."""
+    num = result.first_registrations.count
     bank = "one shared bank" if result.shared_bank else "a bank each"
     rows = [
         ["memory (PSS) per registered adapter, none used yet", _share(result.pss_bytes, result)],
         ["the same as LoRA of that rank, fp32, by that memory", _times(result)],
         ["disk per registered adapter", _share(result.store_bytes, result)],
-        ["POST /v1/adapters, the first 100, p50 / max", _pair(result.first_registrations)],
-        ["the last 100", _pair(result.last_registrations)],
-        ["100 beside 16 running streams", _pair(result.registrations_under_load)],
+        [f"POST /v1/adapters, the first {num}, p50 / max", _pair(result.first_registrations)],
+        [f"the last {num}", _pair(result.last_registrations)],
+        [f"{num} beside running streams", _pair(result.registrations_under_load)],
     ]
     rates = [
         ("base alone, no adapter registered", result.base_without, None),
         ("base alone, all registered", result.base_with, result.base_without),
-        ("16 clients, Zipf's law over 64", result.zipf_few, None),
-        ("16 clients, Zipf's law over all", result.zipf_all, result.zipf_few),
-        ("16 streams of the base", result.quiet, None),
-        ("the same while 100 are registered", result.registering, result.quiet),
+        (f"Zipf's law over {result.num_few}", result.zipf_few, None),
+        ("Zipf's law over all", result.zipf_all, result.zipf_few),
+        ("streams of the base", result.quiet, None),
+        (f"the same while {num} are registered", result.registering, result.quiet),
     ]
     lines = [f"- {name}: {plain(value)}" for name, value in conditions.items()]
+    exact = result.exactness.words() if result.exactness else "not judged"
     busiest = max(result.foreign_cores, default=0.0)
     return (
         "\n\n".join(
             [
                 f"# {result.num_adapters:,} adapters in one server, {bank}",
                 table(["", ""], rows),
-                f"Output tokens a second, prefill included; medians of {len(result.quiet)} rounds "
-                "(lowest to highest); ratios to the line above, medians of each round's.",
+                f"Output tokens a second of {result.num_clients} clients, prefill included; "
+                f"medians of {len(result.quiet)} rounds (lowest to highest); ratios to the line "
+                "above, medians of each round's.",
                 table(
                     ["", "tok/s", "ratio"],
                     [
@@ -91,6 +116,7 @@ def scale_page(result: ScaleResult, conditions: dict[str, object]) -> str:
                         for name, own, other in rates
                     ],
                 ),
+                f"Equal to PEFT's fp32 VB-LoRA: {exact}.",
                 "\n".join([*lines, f"- other programs: at most {busiest:.2f} cores in a wave"]),
             ]
         )
@@ -114,10 +140,6 @@ def _pair(seconds: Distribution) -> str:
 
 def _rate(rates: Sequence[float]) -> str:
     return f"{median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})"
-
-
-def _say(message: str) -> None:
-    click.echo(message, err=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class EnginePeer:
     """An engine with the VB-LoRA adapters `numbers` in a store of its own."""
 
     def __init__(
-        self, base: Path, vblora: Path, numbers: list[int], threads: int | None, root: Path
+        self, base: Path, vblora: Path, numbers: list[int], config: EngineConfig, root: Path
     ) -> None:
         store = AdapterStore.open(root, read_base_info(base))
         self.digests = {
@@ -43,7 +43,7 @@ class EnginePeer:
             device=torch.device("cpu"),
             dtype=torch.float32,
         )
-        self.engine = load_engine(base, EngineConfig(num_threads=threads, device="cpu"), cache)
+        self.engine = load_engine(base, config, cache)
         self.num_waves = 0
 
     def wave(self, command: Answer) -> Answer:
@@ -91,7 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vbserve-bench-") as root:
         vblora = options.adapters / "vblora"
-        peer = EnginePeer(options.base, vblora, options.load, options.threads, Path(root))
+        config = EngineConfig(num_threads=options.threads, device="cpu")
+        peer = EnginePeer(options.base, vblora, options.load, config, Path(root))
         ready = {"versions": versions("torch"), "threads": torch.get_num_threads()}
         serve(ready, {"wave": peer.wave})
 

@@ -20,6 +20,7 @@ from loadtest.bench.contestants import (
 )
 from loadtest.bench.exactness import Judge, Output, verdict_of
 from loadtest.bench.lifecycle import Lifecycle
+from loadtest.bench.limit import MachineSpeed
 from loadtest.bench.machine import CpuLoad, describe_machine, measured_load, pss_bytes
 from loadtest.bench.markdown import markdown
 from loadtest.bench.plan import FULL, SHORT, WORKLOADS, BenchRequest, Plan, Wave, make_plan
@@ -219,7 +220,10 @@ def report() -> Report:
     life.pss_base_bytes, life.pss_registered_bytes = 100 * 2**20, 112 * 2**20
     life.cold_ttft = distribution([0.3])
     conditions = {"date": "2026-01-02", "cores": 2, "cpu": "some", "versions": {"peft": "0.1"}}
-    return Report(conditions, SHORT, 3, cells_of(rounds()), rounds(), life)
+    speed, limits = MachineSpeed(480e9, 80e9), {"W2": 40.0}
+    return Report(
+        conditions, SHORT, 3, cells_of(rounds()), rounds(), life, speed=speed, limits=limits
+    )
 
 
 def test_the_page_says_everything_once() -> None:
@@ -229,6 +233,8 @@ def test_the_page_says_everything_once() -> None:
     assert "| vbserve over HTTP / PEFT, W2 | 3.00 |" in page
     assert "| POST /v1/adapters, p50 / max | 20.0 / 40.0 ms |" in page
     assert "| memory per registered adapter, unused | 2.00 MiB |" in page
+    assert "at 480 GFLOP/s and summed a large array at 80 GB/s" in page
+    assert "| W2 | 40.0 | 0.25 | - |" in page
     assert "- versions: peft 0.1" in page
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert all(line.count("|") >= 3 for line in rows)
@@ -250,6 +256,7 @@ def test_the_json_holds_every_round_and_its_verdicts(tmp_path: Path) -> None:
     assert content["rounds"][0]["verdicts"] == ["equal", "tie"]
     assert content["rounds"][0]["load"]["foreign_cores"] == 0.5
     assert content["ratios"][f"{OURS_HTTP} / PEFT, W2"] == 3.0
+    assert content["limit_shares"] == {f"{OURS_HTTP}, W2": 0.25}
     assert content["lifecycle"]["registration"]["p50"] == 0.02
 
 
