@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from core.attention import bytes_per_token
 from core.engine_config import EngineConfig
+from core.kv_storage import bytes_per_token
 from core.model_config import read_model_config
 from loadtest.peers.engine_peer import POLL_SECONDS, EnginePeer
 from loadtest.peers.wire import Answer, Record, Request, requests_of, serve, versions
