@@ -31,13 +31,16 @@ def write_staged(staging: Path, data: bytes, *, durable: bool = True) -> Path:
     return path
 
 
-def write_all_staged(staging: Path, contents: Mapping[Path, bytes]) -> dict[Path, Path]:
+def write_all_staged(
+    staging: Path, contents: Mapping[Path, bytes], pool: ThreadPoolExecutor
+) -> dict[Path, Path]:
     """A staged, durable file for each target, synced side by side: one journal commit for all."""
     if not contents:
         return {}
-    with ThreadPoolExecutor(len(contents)) as pool:
-        files = pool.map(lambda data: write_staged(staging, data), contents.values())
-        return dict(zip(contents, files, strict=True))
+    *others, own = contents.values()
+    running = [pool.submit(write_staged, staging, data) for data in others]
+    last = write_staged(staging, own)
+    return dict(zip(contents, [*(file.result() for file in running), last], strict=True))
 
 
 def publish(staged: Path, target: Path) -> None:

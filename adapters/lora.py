@@ -28,7 +28,6 @@ from adapters.peft_config import (
     check_features,
     positive_int,
 )
-from adapters.peft_files import PeftFiles
 from adapters.peft_targets import (
     PatternMatcher,
     claimed_modules,
@@ -42,17 +41,19 @@ from core.model_config import BaseInfo
 _SERVED_KEYS = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
 
 
-def read_lora(files: PeftFiles, base: BaseInfo) -> CompactLoRA:
+def read_lora(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseInfo
+) -> CompactLoRA:
     """Validate a LoRA adapter against the base and return its compact form.
 
     Raises UnsupportedAdapterError or MalformedAdapterError; nothing is served in part.
     """
-    check_features(files.config, _SERVED_KEYS)
-    specs = _read_modules(files.config, base)
-    tensors = PeftTensors(files.tensors)
+    check_features(config, _SERVED_KEYS)
+    specs = _read_modules(config, base)
+    own = PeftTensors(tensors)
     names = {_weight_name(spec, side) for spec in specs for side in ("a", "b")}
-    tensors.refuse_others(names, {module_path(spec.key) for spec in specs})
-    parts = [_read_factor(tensors, spec, side) for spec, side in factor_order(specs)]
+    own.refuse_others(names, {module_path(spec.key) for spec in specs})
+    parts = [_read_factor(own, spec, side) for spec, side in factor_order(specs)]
     dtype = reduce(torch.promote_types, {part.dtype for part in parts})
     values = torch.cat([part.to(dtype) for part in parts])
     return CompactLoRA(base.fingerprint, specs, values)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from adapters.compact import CompactAdapter
+from torch import Tensor
+
+from adapters.compact import CompactAdapter, CompactVBLoRA
 from adapters.errors import MalformedAdapterError, UnsupportedAdapterError
 from adapters.lora import read_lora
 from adapters.peft_files import PeftFiles, read_peft_files
 from adapters.vblora import read_vblora
+from adapters.vblora_plans import VBLoRAPlans
 from core.model_config import BaseInfo
 
 MAX_CONFIG_BYTES = 1024**2
 MAX_WEIGHTS_BYTES = 512 * 1024**2
 
-_READERS: dict[str, Callable[[PeftFiles, BaseInfo], CompactAdapter]] = {
+_Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], BaseInfo], CompactAdapter]
+_READERS: dict[str, _Reader] = {
     "VBLORA": read_vblora,
     "LORA": read_lora,
 }
@@ -44,7 +49,8 @@ def read_peft_adapter(
 
 def compact_from_files(files: PeftFiles, base: BaseInfo) -> CompactAdapter:
     """The compact form of files that have been read. Raises as `read_peft_adapter` does."""
-    peft_type = files.config.get("peft_type")
+    config, tensors = files.config, files.tensors
+    peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise MalformedAdapterError(f"peft_type is {peft_type!r}: not the config of a PEFT adapter")
     reader = _READERS.get(peft_type)
@@ -53,4 +59,23 @@ def compact_from_files(files: PeftFiles, base: BaseInfo) -> CompactAdapter:
             f"peft_type {peft_type[:40]!r} is not served, only {' and '.join(_READERS)}",
             feature="peft_type",
         )
-    return reader(files, base)
+    return reader(config, tensors, base)
+
+
+class PeftReader:
+    """`compact_from_files` for one base, faster for VB-LoRA files like others before them."""
+
+    def __init__(self, base: BaseInfo) -> None:
+        self._base = base
+        self._plans = VBLoRAPlans(base)
+
+    def read(self, files: PeftFiles) -> CompactAdapter:
+        """The compact form. Raises as `compact_from_files` does."""
+        is_vblora = files.config.get("peft_type") == "VBLORA"
+        compact = self._plans.read(files) if is_vblora else None
+        if compact is not None:
+            return compact
+        adapter = compact_from_files(files, self._base)
+        if isinstance(adapter, CompactVBLoRA):
+            self._plans.learn(files, adapter)
+        return adapter

@@ -1,4 +1,4 @@
-"""A PEFT adapter directory → its config as JSON and its tensors, with caps before each read.
+"""A PEFT adapter directory → its config as JSON and its weights, with caps before each read.
 
 Only `adapter_config.json` and `adapter_model.safetensors` are opened; weights in another format or
 in a second file are refused by name, every other file is left alone. Nothing is unpickled. Knows
@@ -7,11 +7,13 @@ nothing of what config keys and tensors mean.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,16 @@ _MAX_DIRECTORY_ENTRIES = 1024
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """What a PEFT directory holds: the config, the tensors, and the size of both files in bytes."""
+    """What a PEFT directory holds: the config, the weights file, and both files' sizes in bytes."""
 
     config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    weights: bytes
     sizes: Mapping[str, int]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name. Raises MalformedAdapterError."""
+        return parse_safetensors(self.weights)
 
 
 def read_peft_files(
@@ -48,16 +55,43 @@ def read_peft_files(
     are not in one safetensors file.
     """
     root = Path(directory)
-    _refuse_other_weights(root)
-    config_bytes = _read_capped(root / CONFIG_NAME, max_config_bytes, allowed_root)
+    return _peft_files(
+        _file_names(root),
+        lambda name, max_bytes: _read_capped(root / name, max_bytes, allowed_root),
+        max_config_bytes,
+        max_weights_bytes,
+    )
+
+
+def peft_files_in_memory(
+    contents: Mapping[str, bytes], *, max_config_bytes: int, max_weights_bytes: int
+) -> PeftFiles:
+    """`read_peft_files` of a directory's contents by file name, with the same refusals."""
+
+    def read(name: str, max_bytes: int) -> bytes:
+        if name not in contents:
+            raise _unreadable(name, os.strerror(errno.ENOENT))
+        _check_size(name, len(contents[name]), max_bytes)
+        return contents[name]
+
+    return _peft_files(sorted(contents), read, max_config_bytes, max_weights_bytes)
+
+
+def _peft_files(
+    names: Sequence[str],
+    read: Callable[[str, int], bytes],
+    max_config_bytes: int,
+    max_weights_bytes: int,
+) -> PeftFiles:
+    _refuse_other_weights(names)
+    config_bytes = read(CONFIG_NAME, max_config_bytes)
     config = _parse_config(config_bytes)
-    weights = _read_capped(root / WEIGHTS_NAME, max_weights_bytes, allowed_root)
-    tensors = parse_safetensors(weights)
-    return PeftFiles(config, tensors, {CONFIG_NAME: len(config_bytes), WEIGHTS_NAME: len(weights)})
+    weights = read(WEIGHTS_NAME, max_weights_bytes)
+    return PeftFiles(config, weights, {CONFIG_NAME: len(config_bytes), WEIGHTS_NAME: len(weights)})
 
 
-def _refuse_other_weights(root: Path) -> None:
-    for name in _file_names(root):
+def _refuse_other_weights(names: Sequence[str]) -> None:
+    for name in names:
         if name == WEIGHTS_NAME:
             continue
         if name.endswith(".bin") and name.startswith(("adapter_model", "pytorch_model")):
@@ -96,18 +130,23 @@ def _read_capped(path: Path, max_bytes: int, allowed_root: Path | None) -> bytes
         # what was checked is what is opened: no link is followed a second time
         descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise MalformedAdapterError(
-            f"{path.name} is missing or unreadable: {error.strerror}"
-        ) from error
+        raise _unreadable(path.name, error.strerror) from error
     with os.fdopen(descriptor, "rb") as stream:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise MalformedAdapterError(f"{path.name} is not a regular file")
         data = stream.read(max_bytes + 1) if info.st_size <= max_bytes else b""
-    size = max(info.st_size, len(data))
-    if size > max_bytes:
-        raise AdapterTooLargeError(f"{path.name} has {size} bytes, at most {max_bytes} are allowed")
+    _check_size(path.name, max(info.st_size, len(data)), max_bytes)
     return data
+
+
+def _unreadable(name: str, reason: str | None) -> MalformedAdapterError:
+    return MalformedAdapterError(f"{name} is missing or unreadable: {reason}")
+
+
+def _check_size(name: str, num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise AdapterTooLargeError(f"{name} has {num_bytes} bytes, at most {max_bytes} are allowed")
 
 
 def _parse_config(data: bytes) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from adapters.errors import MalformedAdapterError
 MAX_HEADER_BYTES = 16 * 1024**2
 _MAX_DIM = 2**40
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -58,13 +58,18 @@ def parse_safetensors(
 
 def read_metadata(data: bytes) -> dict[str, str]:
     """The metadata of a file that `parse_safetensors` has accepted."""
-    header_bytes = int.from_bytes(data[:8], "little")
-    header: dict[str, dict[str, str]] = json.loads(data[8 : 8 + header_bytes])
+    header: dict[str, dict[str, str]] = json.loads(split_header(data)[0])
     return header.get("__metadata__") or {}
 
 
+def split_header(data: bytes) -> tuple[bytes, int]:
+    """The header's JSON, and where the values begin, if the length at the file's start is true."""
+    payload = 8 + int.from_bytes(data[:8], "little")
+    return data[8:payload], payload
+
+
 def _tensor(name: str, view: dict[str, object]) -> Tensor:
-    dtype = _DTYPES.get(str(view["dtype"]))
+    dtype = DTYPES.get(str(view["dtype"]))
     if dtype is None:
         raise MalformedAdapterError(f"tensor {name!r} has dtype {view['dtype']}, which is not read")
     shape, data = view["shape"], view["data"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,14 +46,15 @@ from adapters.errors import (
     WrongBaseError,
 )
 from adapters.manifests import Manifests
-from adapters.peft_adapter import compact_from_files
-from adapters.peft_files import read_peft_files
+from adapters.peft_adapter import PeftReader
+from adapters.peft_files import PeftFiles, peft_files_in_memory, read_peft_files
 from adapters.records import AdapterRecord, check_adapter_id, manifest_name, record_of
 from adapters.store_limits import StoreLimits
 from adapters.store_paths import StorePaths
 from adapters.usage_ledger import Usage, UsageLedger
 from core.model_config import BaseInfo
 
+_NUM_WRITERS = 2  # a registration writes three files, one of them in its own thread
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -74,6 +76,8 @@ class AdapterStore:
         self.limits = limits
         self.banks = BankPool()
         self._reserved_ids = frozenset(reserved_ids)
+        self._reader = PeftReader(base)
+        self._writers = ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="store-writer")
         self._paths = StorePaths(root)
         self._manifests = Manifests(self._paths.manifests)
         self._ledger = UsageLedger(
@@ -116,7 +120,22 @@ class AdapterStore:
             max_weights_bytes=self.limits.max_upload_bytes,
             allowed_root=allowed_root,
         )
-        adapter = compact_from_files(files, self.base)
+        return self._add_files(adapter_id, files, replace=replace)
+
+    def add_uploaded(
+        self, adapter_id: str, contents: Mapping[str, bytes], *, replace: bool = False
+    ) -> AddResult:
+        """`add` for the contents of a PEFT directory by file name."""
+        check_adapter_id(adapter_id, self._reserved_ids)
+        files = peft_files_in_memory(
+            contents,
+            max_config_bytes=self.limits.max_config_bytes,
+            max_weights_bytes=self.limits.max_upload_bytes,
+        )
+        return self._add_files(adapter_id, files, replace=replace)
+
+    def _add_files(self, adapter_id: str, files: PeftFiles, *, replace: bool) -> AddResult:
+        adapter = self._reader.read(files)
         return self.add_compact(adapter_id, adapter, source_files=files.sizes, replace=replace)
 
     def add_compact(
@@ -232,7 +251,7 @@ class AdapterStore:
         blobs = self._missing_blobs(adapter)
         contents = {path: encode() for path, encode in blobs.items()}
         contents[self._paths.manifests / manifest_name(record.id)] = record.to_json()
-        return write_all_staged(self._paths.staging, contents)
+        return write_all_staged(self._paths.staging, contents, self._writers)
 
     def _missing_blobs(self, adapter: CompactAdapter) -> dict[Path, Callable[[], bytes]]:
         blobs: dict[Path, Callable[[], bytes]] = {

@@ -19,9 +19,15 @@ def media_type(request: Request) -> str:
 
 def refuse_announced(request: Request, max_bytes: int) -> None:
     """Raise ApiError 413 when the client announces a body over `max_bytes`."""
-    announced = request.headers.get("content-length", "")
-    if announced.isascii() and announced.isdigit() and int(announced) > max_bytes:
+    announced = announced_bytes(request)
+    if announced is not None and announced > max_bytes:
         raise too_large(max_bytes)
+
+
+def announced_bytes(request: Request) -> int | None:
+    """The size that the client announces for the body; None if it announces none."""
+    announced = request.headers.get("content-length", "")
+    return int(announced) if announced.isascii() and announced.isdigit() else None
 
 
 def too_large(max_bytes: int) -> ApiError:
@@ -38,9 +44,14 @@ async def read_json(request: Request, model: type[Body], max_bytes: int) -> Body
             "unsupported_media_type",
         )
     refuse_announced(request, max_bytes)
+    return model.model_validate_json(await read_body(request, max_bytes))
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises ApiError 413 as soon as it is over `max_bytes`."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > max_bytes:
             raise too_large(max_bytes)
-    return model.model_validate_json(bytes(body))
+    return bytes(body)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from adapters.errors import InvalidAdapterIdError
 from adapters.records import AdapterRecord
+from adapters.store import AddResult
 from serving.http.auth import admin_guard, inference_guard
 from serving.http.bodies import media_type, read_json
 from serving.http.errors import ApiError
@@ -19,7 +22,13 @@ from serving.http.openapi import upload_or_json_body
 from serving.http.routes_models import json_response
 from serving.http.schemas import AdapterSource
 from serving.http.services import Services
-from serving.http.uploads import FILES_FIELD, receive_upload
+from serving.http.uploads import (
+    FILES_FIELD,
+    SmallUpload,
+    is_small,
+    receive_small_upload,
+    receive_upload,
+)
 
 _MAX_CONCURRENT_ADDS = 2  # each holds a whole adapter in memory
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -41,11 +50,14 @@ def adapters_router(services: Services) -> APIRouter:
             body = await read_json(request, AdapterSource, access.max_body_bytes)
             root = _allowed_root(access.allowed_source_root)
             directory = _under(root, body.source)
-            return await registrar.register(body.id, directory, body.replace, root)
+            return await registrar.register_directory(body.id, directory, body.replace, root)
+        if is_small(request):
+            small = await receive_small_upload(request, access.max_upload_bytes)
+            return await registrar.register_small(small)
         with tempfile.TemporaryDirectory(prefix="vbserve-", dir=access.spool_directory) as spool:
             fields = await receive_upload(request, Path(spool), access.max_upload_bytes)
             adapter_id, replace = _upload_fields(fields)
-            return await registrar.register(adapter_id, Path(spool), replace, None)
+            return await registrar.register_directory(adapter_id, Path(spool), replace, None)
 
     @router.get("/v1/adapters", dependencies=reader)
     async def list_adapters() -> Response:
@@ -75,22 +87,33 @@ class _Registrar:
         self._services = services
         self._adding = asyncio.Semaphore(_MAX_CONCURRENT_ADDS)
 
-    async def register(
+    async def register_directory(
         self, adapter_id: str, directory: Path, replace: bool, allowed_root: Path | None
     ) -> Response:
         """201, or 200 where the same content was there under this id already."""
-        services = self._services
-        if adapter_id == services.base_name:
-            raise InvalidAdapterIdError(f"{adapter_id!r} is the name of the base")
+        self._check_id(adapter_id)
+        add = partial(self._services.store.add, replace=replace, allowed_root=allowed_root)
+        return await self._register(partial(add, adapter_id, directory))
+
+    async def register_small(self, upload: SmallUpload) -> Response:
+        """As `register_directory`; also what needs no disk is done in the thread."""
+
+        def add() -> AddResult:
+            fields, files = upload.parse()
+            adapter_id, replace = _upload_fields(fields)
+            self._check_id(adapter_id)
+            return self._services.store.add_uploaded(adapter_id, files, replace=replace)
+
+        return await self._register(add)
+
+    async def _register(self, add: Callable[[], AddResult]) -> Response:
         async with self._adding:
-            record, created = await asyncio.to_thread(
-                services.store.add,
-                adapter_id,
-                directory,
-                replace=replace,
-                allowed_root=allowed_root,
-            )
-        return json_response(adapter_object(services, record), 201 if created else 200)
+            record, created = await asyncio.to_thread(add)
+        return json_response(adapter_object(self._services, record), 201 if created else 200)
+
+    def _check_id(self, adapter_id: str) -> None:
+        if adapter_id == self._services.base_name:
+            raise InvalidAdapterIdError(f"{adapter_id!r} is the name of the base")
 
 
 def adapter_object(services: Services, record: AdapterRecord) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""An adapter's files from a multipart body into a directory, with caps checked while reading.
+"""An adapter's files from a multipart body, with caps checked while reading.
 
-Nothing is held in memory but the current chunk; a part's file name is checked before its first
-byte is written. Knows nothing of adapters.
+They go into a directory, and nothing is held in memory but the current chunk; or, where the body
+is announced as small, into memory, since a directory for a moment costs more than parsing does. A
+part's file name is checked before its first byte is written. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from serving.http.bodies import refuse_announced, too_large
+from serving.http.bodies import announced_bytes, read_body, refuse_announced, too_large
 from serving.http.errors import ApiError
+from serving.http.upload_files import DirectoryFiles, MemoryFiles, UploadFile, UploadFiles
 
 FILES_FIELD = "files"
 
@@ -26,6 +28,39 @@ _MAX_PARTS = 64
 _MAX_FIELD_BYTES = 4096
 _MAX_OVERHEAD_BYTES = 1 << 20  # boundaries, headers and fields, besides the files' own bytes
 _WRITE_BYTES = 1 << 18
+_SMALL_BYTES = 1 << 20
+
+
+def is_small(request: Request) -> bool:
+    """Whether the body is announced as one that may be held in memory."""
+    announced = announced_bytes(request)
+    return announced is not None and announced <= _SMALL_BYTES
+
+
+class SmallUpload(NamedTuple):
+    """A body in memory, not yet parsed."""
+
+    boundary: bytes
+    body: bytes
+    max_file_bytes: int
+
+    def parse(self) -> tuple[dict[str, str], dict[str, bytes]]:
+        """The other fields, and the files by name. Raises as `receive_upload` does."""
+        files = MemoryFiles()
+        receiver = _Receiver(self.boundary, files, self.max_file_bytes)
+        try:
+            receiver.feed(self.body)
+        except FormParserError as error:
+            raise _broken_body(error) from error
+        return receiver.finish(), files.contents()
+
+
+async def receive_small_upload(request: Request, max_file_bytes: int) -> SmallUpload:
+    """All of a body that `is_small`. Raises ApiError as `receive_upload` does."""
+    max_body_bytes = max_file_bytes + _MAX_OVERHEAD_BYTES
+    refuse_announced(request, max_body_bytes)
+    boundary = _boundary(request)
+    return SmallUpload(boundary, await read_body(request, max_body_bytes), max_file_bytes)
 
 
 async def receive_upload(request: Request, directory: Path, max_file_bytes: int) -> dict[str, str]:
@@ -36,7 +71,7 @@ async def receive_upload(request: Request, directory: Path, max_file_bytes: int)
     """
     max_body_bytes = max_file_bytes + _MAX_OVERHEAD_BYTES
     refuse_announced(request, max_body_bytes)
-    receiver = _Receiver(_boundary(request), directory, max_file_bytes)
+    receiver = _Receiver(_boundary(request), DirectoryFiles(directory), max_file_bytes)
     num_bytes = 0
     try:
         async for chunk in _in_blocks(request.stream()):
@@ -46,7 +81,7 @@ async def receive_upload(request: Request, directory: Path, max_file_bytes: int)
             await asyncio.to_thread(receiver.feed, chunk)
         return receiver.finish()
     except FormParserError as error:
-        raise _broken(f"broken multipart body: {error}") from error
+        raise _broken_body(error) from error
     finally:
         receiver.close()
 
@@ -74,17 +109,21 @@ def _broken(message: str) -> ApiError:
     return ApiError(400, message, "invalid_multipart")
 
 
+def _broken_body(error: FormParserError) -> ApiError:
+    return _broken(f"broken multipart body: {error}")
+
+
 class _Receiver:
     """Follows the parser through the parts; one file is open at a time."""
 
-    def __init__(self, boundary: bytes, directory: Path, max_file_bytes: int) -> None:
-        self._directory, self._max_file_bytes = directory, max_file_bytes
+    def __init__(self, boundary: bytes, files: UploadFiles, max_file_bytes: int) -> None:
+        self._files, self._max_file_bytes = files, max_file_bytes
         self._num_file_bytes = self._num_parts = 0
         self._fields: dict[str, bytearray] = {}
         self._header_name, self._header_value = bytearray(), bytearray()
         self._disposition = b""
         self._field = ""
-        self._file: BinaryIO | None = None
+        self._file: UploadFile | None = None
         self._complete = False
         self._parser = MultipartParser(
             boundary,
@@ -156,7 +195,7 @@ class _Receiver:
                 FILES_FIELD,
             )
         try:
-            self._file = (self._directory / name).open("xb")
+            self._file = self._files.create(name)
         except FileExistsError:
             raise ApiError(
                 422, f"file {name!r} comes twice", "duplicate_file", FILES_FIELD
