@@ -26,8 +26,8 @@ from loadtest.bench.sampled_exactness import (
     judge_sample,
     write_variants,
 )
-from loadtest.bench.server import VbserveServer, adapter_id
-from loadtest.bench.variants import Upload, Variants
+from loadtest.bench.server import VbserveServer, adapter_id, upload_body
+from loadtest.bench.variants import Variants
 from loadtest.distributions import Popularity
 from loadtest.errors import BenchError
 from loadtest.stats import Distribution, distribution
@@ -170,8 +170,9 @@ class ScaleBench:
             self._full.adapter(adapter_id(0))["factor_bytes"],
         )
 
-    def _uploads(self, numbers: Sequence[int]) -> Iterator[Upload]:
-        return self._variants.uploads([(n, adapter_id(n)) for n in numbers])
+    def _uploads(self, numbers: Sequence[int]) -> Iterator[bytes]:
+        uploads = self._variants.uploads([(n, adapter_id(n)) for n in numbers])
+        return (upload_body(*upload) for upload in uploads)
 
     def _round(self, result: ScaleResult, number: int) -> None:
         base = self._wave([None] * self._sizes.num_closed)

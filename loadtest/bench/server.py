@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +15,11 @@ from typing import Any, Self
 import aiohttp
 
 from loadtest.bench.server_process import ServerProcess, free_port
-from loadtest.bench.variants import Upload
 from loadtest.errors import BenchError
 
 BASE_NAME = "base"
+_BOUNDARY = "vbserve-bench-4f1d9c27a6e8"
+MULTIPART = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
 
 
 def adapter_id(number: int) -> str:
@@ -90,11 +91,12 @@ class VbserveServer:
 
     def register(self, numbers: Sequence[int], vblora: Path) -> list[float]:
         """Upload PEFT directories one after the other; seconds of each POST /v1/adapters."""
-        return self.upload((adapter_id(n), _peft_files(vblora / f"{n:03d}")) for n in numbers)
+        files = ((adapter_id(n), _peft_files(vblora / f"{n:03d}")) for n in numbers)
+        return self.upload(upload_body(*named) for named in files)
 
-    def upload(self, uploads: Iterable[Upload]) -> list[float]:
+    def upload(self, bodies: Iterable[bytes]) -> list[float]:
         """Register one after the other; seconds of each POST /v1/adapters. Raises BenchError."""
-        return asyncio.run(self._upload(uploads))
+        return asyncio.run(self._upload(bodies))
 
     def adapter(self, name: str) -> dict[str, Any]:
         """What GET /v1/adapters/{name} tells. Raises BenchError."""
@@ -110,20 +112,32 @@ class VbserveServer:
             raise BenchError(f"GET /v1/adapters/{name} answered {response.status}: {body}")
         return body
 
-    async def _upload(self, uploads: Iterable[Upload]) -> list[float]:
+    async def _upload(self, bodies: Iterable[bytes]) -> list[float]:
         seconds = []
         async with aiohttp.ClientSession() as session:
-            for name, files in uploads:
-                form = aiohttp.FormData({"id": name})
-                for file_name, content in files.items():
-                    form.add_field("files", content, filename=file_name)
+            for body in bodies:
                 start = time.perf_counter()
-                async with session.post(f"{self.url}/v1/adapters", data=form) as response:
-                    body = await response.text()
+                async with session.post(
+                    f"{self.url}/v1/adapters", data=body, headers=MULTIPART
+                ) as response:
+                    text = await response.text()
                 seconds.append(time.perf_counter() - start)
                 if response.status != 201:
-                    raise BenchError(f"POST /v1/adapters answered {response.status}: {body[:500]}")
+                    raise BenchError(f"POST /v1/adapters answered {response.status}: {text[:500]}")
         return seconds
+
+
+def upload_body(name: str, files: Mapping[str, bytes]) -> bytes:
+    """The multipart body that registers PEFT's files under `name`, see `MULTIPART`."""
+    parts = [('name="id"', name.encode())]
+    parts += [(f'name="files"; filename="{file}"', content) for file, content in files.items()]
+    lines = [
+        line
+        for what, content in parts
+        for line in (f"--{_BOUNDARY}", f"Content-Disposition: form-data; {what}", "", content)
+    ]
+    lines += [f"--{_BOUNDARY}--", ""]
+    return b"\r\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
 
 
 def _peft_files(directory: Path) -> dict[str, bytes]:

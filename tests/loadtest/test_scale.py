@@ -1,6 +1,8 @@
 """The bench of thousands of adapters, without a server: what is uploaded, and the report."""
 
 import json
+from email.parser import BytesParser
+from email.policy import HTTP
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from safetensors.numpy import load, save_file
 from loadtest.bench.sampled_exactness import SampledExactness
 from loadtest.bench.scale import ScaleResult
 from loadtest.bench.scale_command import scale_page
+from loadtest.bench.server import MULTIPART, upload_body
 from loadtest.bench.variants import Variants
 from loadtest.stats import distribution
 
@@ -87,3 +90,15 @@ def test_the_report_counts_per_adapter_and_by_round() -> None:
     assert "1.000 of 40 answers that were judged, over 12 adapters and the base, of 500" in page
     assert "1 ties set aside" in page
     assert "- cores: 2\n- other programs: at most 0.30 cores in a wave" in page
+
+
+def test_an_upload_is_one_body_that_a_form_parser_reads() -> None:
+    body = upload_body("a/b", {"adapter_config.json": b"{}", "x.safetensors": b"\r\n--\0"})
+    message = BytesParser(policy=HTTP).parsebytes(
+        f"Content-Type: {MULTIPART['Content-Type']}\r\n\r\n".encode() + body
+    )
+    parts = list(message.iter_parts())
+    names = [part.get_param("name", header="content-disposition") for part in parts]
+    assert names == ["id", "files", "files"]
+    assert [part.get_filename() for part in parts[1:]] == ["adapter_config.json", "x.safetensors"]
+    assert parts[0].get_content().strip() == "a/b"
