@@ -26,7 +26,7 @@ from loadtest.bench.sampled_exactness import (
     judge_sample,
     write_variants,
 )
-from loadtest.bench.server import VbserveServer, adapter_id
+from loadtest.bench.server import VbserveServer, adapter_id, upload_body
 from loadtest.bench.variants import Variants
 from loadtest.distributions import Popularity
 from loadtest.errors import BenchError
@@ -139,7 +139,8 @@ class AdaptersBench:
         self._run(_wave(self._prompts(0)[:num], [adapter] * num, num))
 
     def _register(self, numbers: Sequence[int]) -> None:
-        self._server.upload(self._variants.uploads([(n, adapter_id(n)) for n in numbers]))
+        uploads = self._variants.uploads([(n, adapter_id(n)) for n in numbers])
+        self._server.upload(upload_body(*upload) for upload in uploads)
 
     def _measure(self, result: AdaptersResult, number: int, place: int) -> None:
         figures, sizes = result.counts[place], self._sizes
