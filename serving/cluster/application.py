@@ -1,4 +1,4 @@
-"""The two deployments put together with their options, and Serve's HTTP proxy in front.
+"""The two deployments put together with their options.
 
 Knows what runs where and how many requests each part takes; nothing of what they do.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from ray import serve
-from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
 
 from core.model_config import BaseInfo
@@ -29,6 +28,7 @@ _STOP_SECONDS = 5.0  # for requests that run when the server stops
 _GIVE_UP_SECONDS = 20.0
 _STOP_POLL_SECONDS = 0.2
 _HEALTH_PERIOD_SECONDS = 2.0
+_HEAD_NODE, _A_LITTLE = "node:__internal_head__", 1e-4  # `host` is an address of that node
 _EXTRA_CALLS = 64  # broadcasts and health checks come on top of requests
 
 
@@ -39,14 +39,12 @@ def deployed(settings: Settings, base_name: str, base: BaseInfo) -> Iterator[Non
     Raises RuntimeError with Serve's words when a deployment fails.
     """
     logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
-    was_running = bool(serve.status().proxies)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options=HTTPOptions(host=settings.host, port=settings.port),
-        logging_config=_logging(settings),
-    )
+    status = serve.status()
+    was_running = bool(status.proxies or status.applications)
+    serve.start(proxy_location="Disabled", logging_config=_logging(settings))
     try:
-        serve.run(_application(settings, base_name, base), name=APP_NAME, route_prefix="/")
+        # no route: the ingress replicas speak HTTP themselves, no proxy stands before them
+        serve.run(_application(settings, base_name, base), name=APP_NAME, route_prefix=None)
         yield
     finally:
         _within(_GIVE_UP_SECONDS, serve.delete, APP_NAME)  # lets running requests end
@@ -76,11 +74,11 @@ def _application(settings: Settings, base_name: str, base: BaseInfo) -> serve.Ap
         ray_actor_options=_engine_resources(settings),
         **shared,
     )
-    ingress = serve.deployment(serve.ingress()(IngressReplica)).options(
+    ingress = serve.deployment(IngressReplica).options(
         name=INGRESS_NAME,
         num_replicas=settings.num_ingress_replicas,
-        max_ongoing_requests=settings.num_engine_replicas * _engine_requests(settings),
-        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_EXTRA_CALLS,  # HTTP requests do not come through Serve
+        ray_actor_options={"num_cpus": 0, "resources": {_HEAD_NODE: _A_LITTLE}},
         **shared,
     )
     engines = engine.bind(settings, base_name, base.path)

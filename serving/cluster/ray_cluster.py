@@ -22,8 +22,6 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; nothing large goes 
 
 # Ray reads these when it is first imported.
 _SERVE_VARIABLES = {
-    "RAY_SERVE_PROXY_USE_GRPC": "1",  # a streamed chunk costs a third of the default
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 2**20),  # one JSON answer with logprobs
     "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 _PRIVATE_VARIABLES = {
