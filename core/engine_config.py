@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from core.errors import InvalidRequestError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "int8"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class EngineConfig:
 
     device                   "auto" takes cuda where there is one
     dtype                    "auto" is bfloat16 on cuda, float32 on the CPU
+    quantize                 "int8" rounds the base's matrices at load; on the CPU in fp32 alone
     kv_cache_bytes           None: 60 % of the free memory on cuda after loading, 1 GiB on the CPU
     page_size                tokens per KV page
     max_model_len            None: the model's own
@@ -31,6 +33,7 @@ class EngineConfig:
 
     device: Device = "auto"
     dtype: DType = "auto"
+    quantize: Quantize = "none"
     kv_cache_bytes: int | None = None
     page_size: int = 16
     max_model_len: int | None = None
@@ -43,6 +46,11 @@ class EngineConfig:
     compiled_kernels: bool = True
 
     def __post_init__(self) -> None:
+        if self.quantize not in get_args(Quantize):
+            raise InvalidRequestError(
+                f"quantize is {self.quantize!r}, must be one of {', '.join(get_args(Quantize))}",
+                param="quantize",
+            )
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:

@@ -6,6 +6,7 @@ Knows nothing of how an engine runs.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import CDLL
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +14,17 @@ import torch
 
 from core.engine import Engine
 from core.engine_config import EngineConfig
+from core.errors import InvalidRequestError
 from core.factors import FactorSource
+from core.int8 import TorchInt8Linear
 from core.kernels.build import load_library
 from core.kernels.cpu_linear import PanelLinear, panel_width
 from core.kernels.cpu_ops import CpuOps
+from core.kernels.int8_linear import Int8Linear
 from core.linear import FrozenLinear, MakeLinear
 from core.model import LlamaModel
 from core.model_config import ModelConfig, read_model_config
-from core.ops import Ops, TorchOps
+from core.ops import TorchOps
 from core.weights import ModelWeights, load_weights
 
 
@@ -29,15 +33,19 @@ def load_engine(
 ) -> Engine:
     """Read a Hugging Face model directory and build an engine for it.
 
-    Raises UnsupportedModelError for what is not served exactly.
+    Raises UnsupportedModelError for what is not served exactly, InvalidRequestError for a
+    quantisation that does not run where `config` places the model.
     """
     config = config or EngineConfig()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device, dtype = resolve_placement(config)
+    _check_quantize(config, device, dtype)
     model_config = read_model_config(Path(path))
-    ops, make_linear = _means(model_config, device, dtype, compiled=config.compiled_kernels)
-    weights = _load_weights(Path(path), model_config, device, dtype, make_linear)
+    library = _kernels(device, dtype) if config.compiled_kernels else None
+    ops = CpuOps(model_config, library) if library else TorchOps(model_config, device, dtype)
+    make_linear, make_head = _linears(config, library)
+    weights = _load_weights(Path(path), model_config, device, dtype, make_linear, make_head)
     return Engine(LlamaModel(model_config, weights, ops), config, factor_source)
 
 
@@ -47,32 +55,43 @@ def _load_weights(
     device: torch.device,
     dtype: torch.dtype,
     make_linear: MakeLinear,
+    make_head: MakeLinear,
 ) -> ModelWeights:
     """On the CPU in a thread that ends with it, since packing computes with several threads.
 
     OpenMP keeps a pool for each thread that has done so; with more pooled threads than cores
     (GNU's) they sleep between any two parallel loops of a step instead of spinning.
     """
-    arguments = path, model_config, device, dtype, make_linear
+    arguments = path, model_config, device, dtype, make_linear, make_head
     if device.type != "cpu":
         return load_weights(*arguments)
     with ThreadPoolExecutor(1, "load-weights") as passing:
         return passing.submit(load_weights, *arguments).result()
 
 
-def _means(
-    model_config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compiled: bool
-) -> tuple[Ops, MakeLinear]:
-    """Compiled kernels for fp32 on the CPU where they can be had, else torch's operations."""
-    library = None
-    if compiled and device.type == "cpu" and dtype == torch.float32:
-        library = load_library()
-    if library is None:
-        return TorchOps(model_config, device, dtype), FrozenLinear
-    has_panels = panel_width(library) > 0
-    return CpuOps(model_config, library), (
-        partial(PanelLinear, library) if has_panels else FrozenLinear
-    )
+def _kernels(device: torch.device, dtype: torch.dtype) -> CDLL | None:
+    """Compiled kernels for fp32 on the CPU where they can be had."""
+    return load_library() if device.type == "cpu" and dtype == torch.float32 else None
+
+
+def _linears(config: EngineConfig, library: CDLL | None) -> tuple[MakeLinear, MakeLinear]:
+    """What multiplies the layers' matrices, and what the head's."""
+    if config.quantize == "int8":
+        int8 = TorchInt8Linear if library is None else partial(Int8Linear, library)
+        return int8, partial(int8, num_terms=2)
+    if library is None or panel_width(library) == 0:
+        return FrozenLinear, FrozenLinear
+    panels = partial(PanelLinear, library)
+    return panels, panels
+
+
+def _check_quantize(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
+    if config.quantize != "none" and (device.type != "cpu" or dtype != torch.float32):
+        raise InvalidRequestError(
+            f"quantize is {config.quantize!r}, which runs on the CPU in float32; the model's place "
+            f"is {device.type} in {str(dtype).removeprefix('torch.')}",
+            param="quantize",
+        )
 
 
 def resolve_placement(config: EngineConfig) -> tuple[torch.device, torch.dtype]:

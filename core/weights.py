@@ -107,9 +107,11 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     make_linear: MakeLinear = FrozenLinear,
+    make_head: MakeLinear | None = None,
 ) -> ModelWeights:
     """Read a model directory; fp32, fp16 and bf16 files are cast to `dtype`.
 
+    `make_head` None takes `make_linear` for the head too.
     Raises UnsupportedModelError for a tensor that is missing or has another shape.
     """
     with _Checkpoint(path, device, dtype, make_linear) as checkpoint:
@@ -118,7 +120,8 @@ def load_weights(
         embedding = checkpoint.read("model.embed_tokens.weight", vocabulary)
         norm = checkpoint.read("model.norm.weight", (config.hidden_size,))
         tied = config.tie_word_embeddings
-        head = make_linear(embedding if tied else checkpoint.read("lm_head.weight", vocabulary))
+        head_VH = embedding if tied else checkpoint.read("lm_head.weight", vocabulary)
+        head = (make_head or make_linear)(head_VH)
     return ModelWeights(embedding, layers, norm, head, _num_bytes(embedding, layers, norm, head))
 
 

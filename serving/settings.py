@@ -117,6 +117,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format; auto is bfloat16 on cuda, float32 on the CPU."
     )
+    quantize: Literal["none", "int8"] = Field(
+        "none",
+        description="Round the base's matrices at load: faster, answers differ; on the CPU alone.",
+    )
     kv_cache_bytes: ByteSize | None = Field(
         None, ge=1, description="Memory of the KV cache. Default: 1GiB, on cuda most of the rest."
     )
@@ -155,6 +159,17 @@ class Settings(BaseSettings):
             f"host {self.host} can be reached from other machines: set {missing}, "
             "or allow_public to serve anyone"
         )
+
+    @model_validator(mode="after")
+    def _refuse_int8_elsewhere(self) -> Settings:
+        if self.quantize == "none":
+            return self
+        if self.device == "cuda" or self.dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"quantize {self.quantize} runs on the CPU in float32, not with "
+                f"device {self.device} and dtype {self.dtype}"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -33,6 +33,7 @@ GROUPS = {
     "Engine": (
         "device",
         "dtype",
+        "quantize",
         "kv_cache_bytes",
         "max_model_len",
         "max_num_seqs",

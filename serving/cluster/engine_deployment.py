@@ -176,6 +176,7 @@ def engine_config(settings: Settings) -> EngineConfig:
     return EngineConfig(
         device=settings.device,
         dtype=settings.dtype,
+        quantize=settings.quantize,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
