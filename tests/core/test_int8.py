@@ -1,0 +1,263 @@
+"""An int8 base: its kernel in each form against slow products, and engines against transformers."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    MemoryFactorSource,
+    greedy,
+    load_reference,
+    random_factors,
+    random_prompt,
+    reference_greedy,
+    request,
+    run_all,
+    small_engine,
+    write_tiny_llama,
+)
+from torch import Tensor, nn
+
+from core.engine_config import EngineConfig
+from core.errors import InvalidRequestError
+from core.factors import AdapterFactors, LowRankPair
+from core.int8 import BLOCK, TorchInt8Linear, dequantise, quantise
+from core.kernels import build
+from core.kernels.int8_linear import Int8Linear
+from core.linear import Linear
+from core.loading import load_engine
+from core.requests import FinishReason
+
+SOURCE = Path(build.__file__).with_name("int8.c")
+FORMS = {  # the kernel's forms: compiler flags, and what the processor must have
+    "native": (("-march=native",), ()),
+    "avx_vnni": (("-march=x86-64-v3", "-mavxvnni"), ("avx2", "avx_vnni")),
+    "avx2": (("-march=x86-64-v3",), ("avx2",)),
+    "plain": ((), ()),
+}
+MakeInt8 = Callable[..., Linear]
+
+
+def processor_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    return set(info.read_text().split()) if info.is_file() else set()
+
+
+@pytest.fixture(scope="module", params=[*FORMS, "torch"])
+def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> MakeInt8:
+    """Makes linears of one form of the kernel, or of torch."""
+    if request.param == "torch":
+        return TorchInt8Linear
+    flags, needed = FORMS[request.param]
+    compiler = shutil.which("cc")
+    if compiler is None or not processor_flags().issuperset(needed):
+        pytest.skip(f"no compiler, or no {needed}")
+    linked = tmp_path_factory.mktemp("int8") / "int8.so"
+    arguments = [flag for flag in build._FLAGS if not flag.startswith("-march")]
+    subprocess.run(
+        [compiler, *arguments, *flags, "-shared", str(SOURCE), "-o", str(linked)], check=True
+    )
+    library = ctypes.CDLL(str(linked))
+    return lambda weight_OI, **options: Int8Linear(library, weight_OI, **options)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole_steps(num_rows: int, num_in: int, seed: int) -> Tensor:
+    """Inputs that 8 bits hold exactly: whole numbers up to 127, by powers of two per block."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TI = torch.randint(-127, 128, (num_rows, num_in), generator=generator).float()
+    x_TI[:, ::BLOCK] = 127
+    powers = torch.randint(-20, 20, (num_rows, -(-num_in // BLOCK)), generator=generator)
+    return x_TI * 2.0 ** powers.repeat_interleave(BLOCK, 1)[:, :num_in]
+
+
+def slow_rounded(x_TI: Tensor) -> Tensor:
+    """8 bits a block, block by block."""
+    out_TI = x_TI.clone()
+    for block_TB in out_TI.split(BLOCK, dim=-1):
+        step_T1 = block_TB.abs().amax(-1, keepdim=True) / 127
+        block_TB.copy_(torch.where(step_T1 > 0, (block_TB / step_T1).round() * step_T1, 0))
+    return out_TI
+
+
+def held(weight_OI: Tensor) -> Tensor:
+    """The matrix that int8 stands for."""
+    return dequantise(*quantise(weight_OI))[:, : weight_OI.shape[1]]
+
+
+def relative_error(own: Tensor, expected: Tensor) -> float:
+    assert own.shape == expected.shape
+    assert torch.isfinite(own).all()
+    return float((own - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+# -- the matrix --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 33), (48, 64)])
+def test_each_weight_is_within_half_a_step(shape: tuple[int, int]) -> None:
+    weight_OI = noise(*shape) * torch.logspace(-6, 6, shape[0])[:, None]
+    weight_OI[0] = 0
+    q_OI, scale_OG = quantise(weight_OI)
+    assert q_OI.shape[1] % BLOCK == 0 and q_OI.dtype == torch.int8
+    assert q_OI.abs().max() <= 127
+    step_OI = scale_OG.float().repeat_interleave(BLOCK, 1)[:, : shape[1]]
+    assert ((held(weight_OI) - weight_OI).abs() <= 0.5001 * step_OI).all()
+    for scale_O, block_OB in zip(scale_OG.T, weight_OI.split(BLOCK, 1), strict=True):
+        assert (scale_O.float() <= block_OB.abs().amax(1) / 127 * 1.008).all()
+
+
+@pytest.mark.parametrize("num_out", [1, 47, 48, 145])
+@pytest.mark.parametrize("num_in", [1, 16, 64, 577])
+def test_products(num_out: int, num_in: int, make: MakeInt8) -> None:
+    """Every remainder of rows and outputs, with inputs that 8 bits hold, and with any in 15."""
+    weight_OI = noise(num_out, num_in, seed=1)
+    by_terms = {terms: make(weight_OI, num_terms=terms) for terms in (1, 2)}
+    exact_IO = held(weight_OI).double().T
+    for num_rows in (1, 2, 3, 4, 5, 8, 23):
+        x_TI = whole_steps(num_rows, num_in, seed=num_rows)
+        assert relative_error(by_terms[1](x_TI), (x_TI.double() @ exact_IO).float()) < 3e-6
+        x_TI = noise(num_rows, num_in, seed=num_rows)
+        assert relative_error(by_terms[2](x_TI), (x_TI.double() @ exact_IO).float()) < 1e-4
+        expected_TO = slow_rounded(x_TI).double() @ exact_IO
+        assert relative_error(by_terms[1](x_TI), expected_TO.float()) < 1e-2
+    for linear in by_terms.values():
+        assert linear(noise(0, num_in)).shape == (0, num_out)
+        assert not linear.shares_storage_with(weight_OI)
+
+
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_a_row_does_not_depend_on_its_batch(num_terms: int, make: MakeInt8) -> None:
+    """Also not on a row that is not finite, which is told as such."""
+    linear = make(noise(100, 200, seed=1), num_terms=num_terms)
+    x_TI = noise(21, 200, seed=2)
+    alone = [linear(x_TI[n : n + 1]) for n in range(21)]
+    assert torch.equal(linear(x_TI), linear(x_TI))
+    x_TI[3, 5], x_TI[9, 199], x_TI[10] = torch.nan, torch.inf, -torch.inf
+    together = linear(x_TI)
+    for n in range(21):
+        if n in (3, 9, 10):
+            assert not torch.isfinite(together[n]).any()
+        else:
+            assert relative_error(together[n : n + 1], alone[n]) < 1e-6
+
+
+def test_zeros_and_tiny_blocks(make: MakeInt8) -> None:
+    linear = make(noise(50, 64, seed=1))
+    x_TI = torch.zeros(3, 64)
+    x_TI[1], x_TI[2, :32] = 1e-40, 1e-38
+    assert linear(x_TI).abs().max() < 1e-30
+
+
+def test_bytes_are_little_more_than_a_quarter_of_fp32(make: MakeInt8) -> None:
+    weight_OI = noise(96, 640)
+    assert make(weight_OI).num_bytes == weight_OI.numel() * (1 + 2 / BLOCK)
+
+
+# -- the engine --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose matrices are no whole blocks or panels."""
+    path = tmp_path_factory.mktemp("int8") / "wide"
+    return write_tiny_llama(path, hidden_size=72, intermediate_size=90, head_dim=16)
+
+
+def int8_reference(path: Path, factors: AdapterFactors | None = None) -> Any:
+    """transformers over the int8 matrices, inputs rounded; adapters see them as they are."""
+    model = load_reference(path)
+    model.lm_head.weight.data = held(model.lm_head.weight.data)
+    for number, layer in enumerate(model.model.layers):
+        for block in (layer.self_attn, layer.mlp):
+            for name, module in block.named_children():
+                if isinstance(module, nn.Linear):
+                    pair = None if factors is None else factors.pairs.get((number, name))
+                    _replace_forward(module, pair)
+    return model
+
+
+def _replace_forward(module: Any, pair: LowRankPair | None) -> None:
+    weight_OI = held(module.weight.data)
+
+    def forward(x: Tensor) -> Tensor:
+        y = slow_rounded(x) @ weight_OI.T
+        return y if pair is None else y + pair.scale * (x @ pair.a_RI.T) @ pair.b_RO
+
+    module.forward = forward
+
+
+def test_base_and_adapters_in_one_batch(compiled: bool, wide_path: Path) -> None:
+    """Tokens are the reference's; equal to fp32's they are not all."""
+    settings = {"num_pages": 200, "compiled_kernels": compiled, "max_num_batched_tokens": 23}
+    plain = small_engine(wide_path, **settings)
+    made = (
+        random_factors(plain.model.config, "all-4", rank=4),
+        random_factors(plain.model.config, "one-1", rank=1, projections=("v_proj",), std=0.5),
+    )
+    source = MemoryFactorSource.of(*made)
+    engine = small_engine(wide_path, source, quantize="int8", **settings)
+    by_digest = {None: None, **source.known}
+    references = {digest: int8_reference(wide_path, f) for digest, f in by_digest.items()}
+    wanted = {f"r{n}": (random_prompt(n, 1 + (7 * n) % 29), d)
+              for n, d in enumerate([*by_digest] * 3)}  # fmt: skip
+    results = run_all(engine, [request(n, p, greedy(10), d) for n, (p, d) in wanted.items()])
+    for name, (prompt, digest) in wanted.items():
+        expected = reference_greedy(references[digest], prompt, 10)
+        places = zip(results[name].token_ids, expected.token_ids, expected.gaps, strict=True)
+        for own, right, gap in places:
+            assert own == right or gap < 0.02
+            if own != right:
+                break
+    assert source.num_open_leases == 0
+
+
+def test_rounding_is_seen(compiled: bool, wide_path: Path) -> None:
+    """A head or layer that was left in fp32 would go unseen otherwise."""
+    engines = [
+        small_engine(wide_path, quantize=quantize, compiled_kernels=compiled)
+        for quantize in ("none", "int8")
+    ]
+    prompt = random_prompt(1, 20)
+    logprobs = [
+        run_all(engine, [request("x", prompt, greedy(1, logprobs=0))])["x"].logprobs[0].logprob
+        for engine in engines
+    ]
+    assert 1e-5 < abs(logprobs[0] - logprobs[1]) < 0.5
+    weights = [engine.model.weights for engine in engines]
+    assert weights[1].num_bytes < 0.6 * weights[0].num_bytes
+    for quantised in (weights[1].head, *vars(weights[1].layers[0]).values()):
+        assert isinstance(quantised, (Int8Linear, TorchInt8Linear, Tensor))
+
+
+def test_an_adapter_that_overflows_disturbs_nobody(compiled: bool, wide_path: Path) -> None:
+    settings = {"num_pages": 100, "compiled_kernels": compiled, "quantize": "int8"}
+    factors = random_factors(small_engine(wide_path).model.config, "broken", rank=2)
+    broken = {
+        key: LowRankPair(torch.full_like(pair.a_RI, 3e38), pair.b_RO * 1e30, 1.0)
+        for key, pair in factors.pairs.items()
+    }
+    source = MemoryFactorSource.of(AdapterFactors("broken", broken, factors.num_bytes))
+    prompt = random_prompt(5, 9)
+    alone = run_all(small_engine(wide_path, **settings), [request("base", prompt)])["base"]
+    engine = small_engine(wide_path, source, **settings)
+    results = run_all(engine, [request("x", prompt, None, "broken"), request("base", prompt)])
+    assert results["x"].finish_reason is FinishReason.ERROR
+    assert results["base"].token_ids == alone.token_ids
+
+
+def test_refusals_are_typed(wide_path: Path) -> None:
+    assert EngineConfig().quantize == "none"
+    with pytest.raises(InvalidRequestError, match="quantize is 'int4', must be one of none, int8"):
+        EngineConfig(quantize="int4")  # type: ignore[arg-type]
+    half = EngineConfig(device="cpu", dtype="bfloat16", quantize="int8")
+    with pytest.raises(InvalidRequestError, match=r"on the CPU in float32; .* cpu in bfloat16"):
+        load_engine(wide_path, half)
