@@ -9,7 +9,7 @@ from core.errors import InvalidRequestError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["none", "int8"]
+Quantize = Literal["none", "int8", "int8-weights"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class EngineConfig:
 
     device                   "auto" takes cuda where there is one
     dtype                    "auto" is bfloat16 on cuda, float32 on the CPU
-    quantize                 "int8" rounds the base's matrices at load; on the CPU in fp32 alone
+    quantize                 "int8" rounds the base's matrices at load, and what they multiply to 8
+                             bits; "int8-weights" leaves that 15; on the CPU in fp32 alone
     kv_cache_bytes           None: 60 % of the free memory on cuda after loading, 1 GiB on the CPU
     page_size                tokens per KV page
     max_model_len            None: the model's own

@@ -76,9 +76,10 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> CDLL | None:
 
 def _linears(config: EngineConfig, library: CDLL | None) -> tuple[MakeLinear, MakeLinear]:
     """What multiplies the layers' matrices, and what the head's."""
-    if config.quantize == "int8":
+    if config.quantize != "none":
         int8 = TorchInt8Linear if library is None else partial(Int8Linear, library)
-        return int8, partial(int8, num_terms=2)
+        precise = partial(int8, num_terms=2)  # inputs in 15 bits, which a head needs
+        return (int8 if config.quantize == "int8" else precise), precise
     if library is None or panel_width(library) == 0:
         return FrozenLinear, FrozenLinear
     panels = partial(PanelLinear, library)

@@ -256,14 +256,16 @@ def reference_greedy(
     return ReferenceGreedy(tuple(tokens), tuple(gaps))
 
 
-def assert_same_greedy(token_ids: Sequence[int], expected: ReferenceGreedy) -> None:
+def assert_same_greedy(
+    token_ids: Sequence[int], expected: ReferenceGreedy, tie_gap: float = TIE_GAP
+) -> None:
     """Equal up to the first place where the oracle itself is at a tie."""
     assert len(token_ids) == len(expected.token_ids)
     for place, (own, reference, gap) in enumerate(
         zip(token_ids, expected.token_ids, expected.gaps, strict=True)
     ):
         if own != reference:
-            assert gap < TIE_GAP, (
+            assert gap < tie_gap, (
                 f"token {place} is {own}, the oracle's is {reference} by a gap of {gap}: "
                 f"{list(token_ids)} against {list(expected.token_ids)}"
             )
