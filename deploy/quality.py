@@ -1,8 +1,8 @@
-"""What rounding the base does to answers: `python -m deploy.quality` (two to three minutes).
+"""What rounding the base does to answers: `python -m deploy.quality` (four minutes on two cores).
 
-Runs the engine in fp32 and as `--quantize` says, on the same tokens, and prints a table. The text
-is Python's own language reference, which every Python ships (`pydoc_data.topics`); the held-out
-messages are the demo adapters' (`deploy/demo/README.md`).
+Runs the engine in fp32 and in each way that `--quantize` names, on the same tokens, and prints a
+table. The text is Python's own language reference, which every Python ships (`pydoc_data.topics`);
+the held-out messages are the demo adapters' (`deploy/demo/README.md`).
 """
 
 from __future__ import annotations
@@ -100,40 +100,53 @@ def accuracy(llm: LLM, task_name: str, digest: str) -> float:
     return sum(right) / len(right)
 
 
+def table(plain: Quality, others: Mapping[str, Quality]) -> str:
+    """Markdown; agreement is with `plain`."""
+    every = [plain, *others.values()]
+    rows = [
+        ["", "fp32", *others],
+        ["---"] * (1 + len(every)),
+        ["bytes of the base", *(f"{each.base_bytes / 1e6:.0f} MB" for each in every)],
+        [
+            f"perplexity, {len(plain.best):,} tokens",
+            *(f"{each.perplexity:.3f}" for each in every),
+        ],
+        ["same most probable token", "", *(f"{agreement(plain, o):.1%}" for o in every[1:])],
+        [
+            f"greedy tokens before the first other one, of {NUM_GREEDY}",
+            "",
+            *(f"{mean_prefix(plain, other):.1f}" for other in every[1:]),
+        ],
+        *(
+            [f"`{name}`, held out", *(f"{each.accuracies[name]:.1%}" for each in every)]
+            for name in plain.accuracies
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def agreement(plain: Quality, other: Quality) -> float:
+    """Share of places where the most probable token is the same."""
+    return sum(a == b for a, b in zip(plain.best, other.best, strict=True)) / len(plain.best)
+
+
+def mean_prefix(plain: Quality, other: Quality) -> float:
+    """Greedy tokens that are the same before the first that is not, on average."""
+    pairs = list(zip(plain.completed, other.completed, strict=True))
+    return sum(num_equal(a, b) for a, b in pairs) / len(pairs)
+
+
 def num_equal(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of the common beginning of two equally long sequences."""
     pairs = enumerate(zip(first, second, strict=True))
     return next((place for place, (a, b) in pairs if a != b), len(first))
 
 
-def table(label: str, plain: Quality, own: Quality) -> str:
-    """Markdown; agreement is with fp32."""
-    num_tokens = len(plain.best)
-    equal = sum(a == b for a, b in zip(plain.best, own.best, strict=True)) / num_tokens
-    prefixes = [num_equal(a, b) for a, b in zip(plain.completed, own.completed, strict=True)]
-    rows = [
-        ("bytes of the base", *(f"{each.base_bytes / 1e6:.0f} MB" for each in (plain, own))),
-        (f"perplexity, {num_tokens:,} tokens", f"{plain.perplexity:.3f}", f"{own.perplexity:.3f}"),
-        ("same most probable token", "", f"{equal:.1%}"),
-        (
-            f"greedy tokens before the first other one, of {NUM_GREEDY}",
-            "",
-            f"{sum(prefixes) / len(prefixes):.1f}",
-        ),
-        *(
-            (f"`{name}`, held out", f"{right:.1%}", f"{own.accuracies[name]:.1%}")
-            for name, right in plain.accuracies.items()
-        ),
-    ]
-    lines = [f"| | fp32 | {label} |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Measure both engines, one after the other."""
+    """Measure the engines, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, help="a local copy of the default base")
-    parser.add_argument("--quantize", default="int8")
+    parser.add_argument("--quantize", nargs="+", default=["int8", "int8-weights"])
     parser.add_argument("--windows", type=int, default=64, help=f"of {WINDOW} tokens each")
     options = parser.parse_args()
     base = options.base or ensure_default_base()
@@ -142,15 +155,15 @@ def main() -> None:
         digests = {
             name: store.add(name, HERE / "adapters" / name).record.digest for name in sorted(TASKS)
         }
-        found = []
-        for quantize in ("none", options.quantize):
+        found = {}
+        for quantize in ("none", *options.quantize):
             config = EngineConfig(device="cpu", dtype="float32", quantize=quantize)
             with closing(FactorCache(store.load, budget_bytes=FACTOR_CACHE_BYTES)) as cache:
                 llm = LLM(base, config, factor_source=cache)
-                found.append(measure(llm, windows_of_text(llm, options.windows), digests))
+                found[quantize] = measure(llm, windows_of_text(llm, options.windows), digests)
             del llm
     print(f"Python {sys.version.split()[0]}, {base.name}\n")
-    print(table(options.quantize, *found))
+    print(table(found.pop("none"), found))
 
 
 if __name__ == "__main__":
