@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 
 import uvicorn
@@ -17,9 +16,12 @@ class HttpServer:
     """Serves `app` on `host` and `port` between `start` and `stop`.
 
     `shares_port`: several processes listen on it and the kernel deals connections out.
+    `stop_seconds`: what is left of answers that have begun, once it stops.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, shares_port: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, *, shares_port: bool, stop_seconds: int
+    ) -> None:
         self._host, self._port, self._shares_port = host, port, shares_port
         config = uvicorn.Config(
             app,
@@ -28,6 +30,7 @@ class HttpServer:
             log_config=None,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=stop_seconds,
         )
         self._server = uvicorn.Server(config)
         self._serving: asyncio.Task[None] | None = None
@@ -47,17 +50,11 @@ class HttpServer:
                 raise OSError(f"nothing serves on {self._host} port {self._port}")
             await asyncio.sleep(0.01)
 
-    async def stop(self, seconds: float) -> None:
-        """Take no more connections; what has not ended after `seconds` is cut off."""
-        if self._serving is None:
-            return
-        self._server.should_exit = True
-        _, pending = await asyncio.wait({self._serving}, timeout=seconds)
-        if pending:
-            self._server.force_exit = True
-            self._serving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._serving
+    async def stop(self) -> None:
+        """Take no more connections; what has not ended after `stop_seconds` is cut off."""
+        if self._serving is not None:
+            self._server.should_exit = True
+            await self._serving
 
     def _listen(self) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(

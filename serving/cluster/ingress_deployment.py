@@ -27,7 +27,7 @@ from serving.metrics_pages import Page
 from serving.settings import Settings
 from serving.stores import open_store
 
-_STOP_SECONDS = 4.0  # for answers that are on their way; less than Serve gives the replica
+_STOP_SECONDS = 4  # for answers that are on their way; less than Serve gives the replica
 
 
 class IngressReplica:
@@ -60,6 +60,7 @@ class IngressReplica:
             settings.host,
             settings.port,
             shares_port=settings.num_ingress_replicas > 1,
+            stop_seconds=_STOP_SECONDS,
         )
         await self._http.start()
 
@@ -74,7 +75,7 @@ class IngressReplica:
 
     async def __del__(self) -> None:
         """Serve calls this before it ends the process."""
-        await self._http.stop(_STOP_SECONDS)
+        await self._http.stop()
         self._receiving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._receiving

@@ -29,9 +29,6 @@ _PRIVATE_VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray's default of 15 lets all others on the machine go first
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: the node's address is 127.0.0.1
-    # what a replica reads of a request's body comes in messages: through the object store they cost
-    # a registration 1.2 ms more
-    "RAY_max_direct_call_object_size": str(2**20),
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
