@@ -11,7 +11,14 @@ from typing import Any
 import click
 
 from loadtest.bench.charts import write_chart
-from loadtest.bench.console import conditions_now, end_as_exceptions_do, say
+from loadtest.bench.console import (
+    base_option,
+    conditions_now,
+    out_option,
+    run,
+    say,
+    short_option,
+)
 from loadtest.bench.inputs import default_base, prepare, tiny_base
 from loadtest.bench.limit import limits_of, measure_speed, read_shape
 from loadtest.bench.markdown import markdown
@@ -20,13 +27,12 @@ from loadtest.bench.plan import FULL, SHORT, WORKLOADS, make_plan
 from loadtest.bench.report import Report, refuse_inexact, write_json
 from loadtest.bench.results import cells_of
 from loadtest.bench.session import OWN_PARTS, Session
-from loadtest.errors import LoadtestError
 
 _SHORT_WORKLOADS = ("W2", "W3")
 
 
 @click.command()
-@click.option("--short", is_flag=True, help="Tiny sizes: does it run, and is it exact?")
+@short_option
 @click.option("--rounds", type=click.IntRange(min=1), help="[default: 5; short: 1]")
 @click.option("--workloads", help=f"Some of {','.join(WORKLOADS)}. [default: all; short: W2,W3]")
 @click.option(
@@ -37,28 +43,15 @@ _SHORT_WORKLOADS = ("W2", "W3")
     help="Measure only this; may be repeated. PEFT judges in any case. "
     "[default: ours, PEFT and the peers that are installed; short: no peers]",
 )
-@click.option(
-    "--base",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A Hugging Face folder. [default: the project's default base]",
-)
+@base_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each contestant.")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="bench-out",
-    show_default=True,
-)
+@out_option
 def main(**options: Any) -> None:
     """Compare this project's server and engine with plain PEFT and other servers: BENCH.md.
 
     Fails when something cannot run or an answer of ours is not exact, never on a time.
     """
-    end_as_exceptions_do()
-    try:
-        bench(**options)
-    except LoadtestError as error:
-        raise click.ClickException(str(error)) from error
+    run(bench, options)
 
 
 def bench(

@@ -12,39 +12,33 @@ import click
 
 from loadtest.bench.adapters import COUNTS, SHORT_COUNTS, AdaptersBench
 from loadtest.bench.adapters_page import adapters_page, write_adapters_chart
-from loadtest.bench.console import conditions_now, end_as_exceptions_do, say
+from loadtest.bench.console import (
+    base_option,
+    conditions_now,
+    out_option,
+    run,
+    say,
+    short_option,
+)
 from loadtest.bench.inputs import default_base, prepare, tiny_base
 from loadtest.bench.plan import FULL, SHORT
 from loadtest.distributions import POPULARITY_SYNTAX, parse_popularity
-from loadtest.errors import BenchError, LoadtestError
+from loadtest.errors import BenchError
 
 
 @click.command()
-@click.option("--short", is_flag=True, help="Tiny sizes: does it run, and is it exact?")
+@short_option
 @click.option("--counts", help="Numbers of adapters. [default: 0,1,4,16,64,1000,10000]")
 @click.option("--popularity", default="uniform", show_default=True, help=POPULARITY_SYNTAX)
 @click.option("--rounds", type=click.IntRange(min=1), help="[default: 3; short: 1]")
-@click.option(
-    "--base",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A Hugging Face folder. [default: the project's default base]",
-)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="bench-out",
-    show_default=True,
-)
+@base_option
+@out_option
 def main(**options: Any) -> None:
     """Spread requests over more and more registered adapters: ADAPTERS.md.
 
     Fails when something cannot run or an answer that was judged is not exact, never on a time.
     """
-    end_as_exceptions_do()
-    try:
-        bench_adapters(**options)
-    except LoadtestError as error:
-        raise click.ClickException(str(error)) from error
+    run(bench_adapters, options)
 
 
 def bench_adapters(

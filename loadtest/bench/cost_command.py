@@ -8,40 +8,33 @@ from typing import Any
 
 import click
 
-from loadtest.bench.console import conditions_now, end_as_exceptions_do, say
+from loadtest.bench.console import (
+    base_option,
+    conditions_now,
+    out_option,
+    run,
+    say,
+    short_option,
+)
 from loadtest.bench.cost import COST_SHORT, CostBench, CostSizes
 from loadtest.bench.cost_page import cost_page, write_cost_chart, write_cost_json
 from loadtest.bench.inputs import default_base, prepare, tiny_base
 from loadtest.bench.limit import measure_speed
 from loadtest.bench.plan import FULL, SHORT
-from loadtest.errors import LoadtestError
 
 
 @click.command()
-@click.option("--short", is_flag=True, help="Tiny sizes: does it run, and is it exact?")
+@short_option
 @click.option("--rounds", type=click.IntRange(min=1), help="[default: 3; short: 1]")
-@click.option(
-    "--base",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A Hugging Face folder. [default: the project's default base]",
-)
+@base_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the engine.")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="bench-out",
-    show_default=True,
-)
+@out_option
 def main(**options: Any) -> None:
     """Time decode steps by number of sequences, by context, by rank: COST.md.
 
     Fails when something cannot run or an answer that was judged is not exact, never on a time.
     """
-    end_as_exceptions_do()
-    try:
-        bench_cost(**options)
-    except LoadtestError as error:
-        raise click.ClickException(str(error)) from error
+    run(bench_cost, options)
 
 
 def bench_cost(

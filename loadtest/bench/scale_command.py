@@ -12,43 +12,36 @@ from typing import Any
 
 import click
 
-from loadtest.bench.console import conditions_now, end_as_exceptions_do, say
+from loadtest.bench.console import (
+    base_option,
+    conditions_now,
+    out_option,
+    run,
+    say,
+    short_option,
+)
 from loadtest.bench.inputs import default_base, prepare, tiny_base
 from loadtest.bench.plan import FULL, SHORT
 from loadtest.bench.scale import SCALE_SHORT, ScaleBench, ScaleResult, ScaleSizes
 from loadtest.bench.tables import plain, table
-from loadtest.errors import LoadtestError
 from loadtest.stats import Distribution
 
 _MIB = 2**20
 
 
 @click.command()
-@click.option("--short", is_flag=True, help="Tiny sizes: does it run, and is it exact?")
+@short_option
 @click.option("--adapters", type=click.IntRange(min=1), help="[default: 10,000; short: 8]")
 @click.option("--shared-bank", is_flag=True, help="All over one bank, not a bank each.")
 @click.option("--rounds", type=click.IntRange(min=1), help="[default: 3; short: 1]")
-@click.option(
-    "--base",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A Hugging Face folder. [default: the project's default base]",
-)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="bench-out",
-    show_default=True,
-)
+@base_option
+@out_option
 def main(**options: Any) -> None:
     """Register thousands of adapters in one server and measure what they cost: SCALE.md.
 
     Fails when something cannot run or an answer that was judged is not exact, never on a time.
     """
-    end_as_exceptions_do()
-    try:
-        bench_scale(**options)
-    except LoadtestError as error:
-        raise click.ClickException(str(error)) from error
+    run(bench_scale, options)
 
 
 def bench_scale(
