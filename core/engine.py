@@ -1,6 +1,6 @@
 """The engine: requests in, tokens out, one step at a time.
 
-`step()` is the whole of it: schedule, bind, forward, sample, update. Knows nothing of threads
+`step()` is the whole of it: schedule, forward, sample, update. Knows nothing of threads
 (see `engine_thread`), text, names of adapters or HTTP.
 """
 
@@ -108,8 +108,7 @@ class Engine:
             self.model.device,
             with_lengths=self.model.rotary.depends_on_length,
         )
-        adapters = self.model.ops.bind(batch.adapter_rows)
-        logits_RV = self.model.forward(batch, self._kv, adapters)
+        logits_RV = self.model.forward(batch, self._kv)
         tokens = next_tokens(batch, logits_RV, self.model.config.eos_token_ids)
         self.num_steps += 1
         return outputs + self._update(batch, tokens)
@@ -204,14 +203,14 @@ class Engine:
             base_bytes=self.model.weights.num_bytes,
             kv_bytes_total=self._kv.num_bytes,
             kv_bytes_used=self._pool.num_used * page_bytes,
-            adapter_slot_bytes=self.model.ops.adapter_bytes,
+            adapter_slot_bytes=self.model.layers.adapter_bytes,
             device_bytes=torch.cuda.memory_allocated(self.model.device) if on_cuda else 0,
         )
 
     def check_integrity(self) -> None:
         """Assert that scheduler, pages, leases and bindings agree."""
         self.scheduler.check_integrity()
-        self.model.ops.check_integrity()
+        self.model.layers.check_integrity()
         known = {id(seq) for seq in self._sequences.values()}
         listed = {id(seq) for seq in (*self.scheduler.running, *self.scheduler.waiting)}
         assert known == listed | {id(seq) for seq, _ in self.scheduler.failed}, "sequences differ"

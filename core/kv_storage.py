@@ -13,7 +13,10 @@ from core.model_config import ModelConfig
 
 
 class KVStorage:
-    """Keys and values of all layers. `keys[layer]` and `values[layer]` are [slots, K, D]."""
+    """Keys and values of all layers. `keys[layer]` and `values[layer]` are [slots, K, D].
+
+    `layer_stride` counts the numbers from one layer's keys to the next one's, or values.
+    """
 
     def __init__(
         self,
@@ -27,6 +30,7 @@ class KVStorage:
         shape = (config.num_layers, 2, num_pages * page_size, config.num_kv_heads, config.head_dim)
         self._storage = storage = _zeros(shape, device, dtype)
         self.num_bytes = storage.nbytes
+        self.layer_stride = storage.stride(0)
         self.keys = tuple(layer[0] for layer in storage)
         self.values = tuple(layer[1] for layer in storage)
 

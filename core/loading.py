@@ -1,4 +1,4 @@
-"""From a model directory and settings to an engine: placement, weights, operations.
+"""From a model directory and settings to an engine: placement, weights, layers.
 
 Knows nothing of how an engine runs.
 """
@@ -18,13 +18,13 @@ from core.errors import InvalidRequestError
 from core.factors import FactorSource
 from core.int8 import TorchInt8Linear
 from core.kernels.build import load_library
-from core.kernels.cpu_linear import PanelLinear, panel_width
-from core.kernels.cpu_ops import CpuOps
+from core.kernels.cpu_layers import CpuLayers
 from core.kernels.int8_linear import Int8Linear
+from core.kernels.panel_linear import PanelLinear
 from core.linear import FrozenLinear, MakeLinear
 from core.model import LlamaModel
 from core.model_config import ModelConfig, read_model_config
-from core.ops import TorchOps
+from core.torch_layers import TorchLayers
 from core.weights import ModelWeights, load_weights
 
 
@@ -43,10 +43,12 @@ def load_engine(
     _check_quantize(config, device, dtype)
     model_config = read_model_config(Path(path))
     library = _kernels(device, dtype) if config.compiled_kernels else None
-    ops = CpuOps(model_config, library) if library else TorchOps(model_config, device, dtype)
     make_linear, make_head = _linears(config, library)
     weights = _load_weights(Path(path), model_config, device, dtype, make_linear, make_head)
-    return Engine(LlamaModel(model_config, weights, ops), config, factor_source)
+    layers = (
+        CpuLayers(model_config, weights, library) if library else TorchLayers(model_config, weights)
+    )
+    return Engine(LlamaModel(model_config, weights, layers), config, factor_source)
 
 
 def _load_weights(
@@ -80,7 +82,7 @@ def _linears(config: EngineConfig, library: CDLL | None) -> tuple[MakeLinear, Ma
         int8 = TorchInt8Linear if library is None else partial(Int8Linear, library)
         precise = partial(int8, num_terms=2)  # inputs in 15 bits, which a head needs
         return (int8 if config.quantize == "int8" else precise), precise
-    if library is None or panel_width(library) == 0:
+    if library is None:
         return FrozenLinear, FrozenLinear
     panels = partial(PanelLinear, library)
     return panels, panels

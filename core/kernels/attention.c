@@ -1,5 +1,6 @@
 /* Attention over keys and values in pages: of single rows, and of the rows of prompts. */
 #include "common.h"
+#include "kernels.h"
 #include "tiles.h"
 
 #ifdef __AVX512F__
@@ -225,11 +226,6 @@ int decode_attention(const float *query, int64_t query_stride, const float *keys
 
 #define PROMPT_BLOCK 64 /* rows of a prompt that one thread takes at a time */
 
-/* Rows start..end-1 are consecutive tokens of one sequence, `before` tokens of it come first. */
-typedef struct {
-    int64_t start, end, before;
-} span_t;
-
 /* The first `length` keys times `scale`, transposed: panels of TILE_WIDTH keys, [dim, width] each,
  * zeros beyond `length`. */
 static void pack_keys(const float *keys, const int64_t *pages, int64_t length, int64_t page_size,
@@ -266,7 +262,8 @@ static void attend_block(const prompt_t *p, const span_t *span, const int64_t *p
             int64_t head = (kv_head * group + g) * dim, length = span->before + t - span->start + 1;
             for (int64_t l = 0; l < length + rows - 1; l += TILE_WIDTH)
                 multiply_rows(p->query + t * p->query_stride + head, p->query_stride,
-                              panels + l * dim, scores + l, stride, dim, rows, TILE_WIDTH, NULL, 0);
+                              panels + l * dim, scores + l, stride, dim, rows, TILE_WIDTH, NOTHING,
+                              NOTHING);
             for (int64_t r = 0; r < rows; r++) {
                 softmax(scores + r * stride, length + r);
                 memset(scores + r * stride + length + r, 0, (rows - 1 - r) * sizeof(float));

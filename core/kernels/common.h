@@ -1,8 +1,8 @@
 /* What all kernels share.
  *
- * Kernels of one engine step on the CPU in fp32, called through cpu_ops.py and cpu_linear.py, which
- * say shapes. All matrices are row-major; a stride counts floats between rows. Every kernel takes
- * the number of threads and uses one where the work is too small to share. Compiled with
+ * Kernels of one engine step on the CPU in fp32; Python calls them through cpu_layers.py and
+ * compiled_linear.py. All matrices are row-major; a stride counts floats between rows. Every kernel
+ * takes the number of threads and uses one where the work is too small to share. Compiled with
  * -ffast-math -fno-finite-math-only: sums may be reordered, infinities and NaN stay what they are.
  */
 #pragma once

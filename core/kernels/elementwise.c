@@ -1,5 +1,6 @@
 /* Norm, activation, and the step from projections to queries and stored keys and values. */
 #include "common.h"
+#include "kernels.h"
 
 /* out[t] = x[t] / rms(x[t]) * weight, after x[t] += delta[t] where delta is given. */
 void rms_norm(float *x, const float *delta, const float *weight, float *out, int64_t rows,

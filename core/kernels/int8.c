@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "kernels.h"
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -186,11 +188,11 @@ multiply_panel(const rows_t *x, int64_t rows, const uint8_t *panel, const uint16
                       line == 0);
 }
 
-/* y[rows, out] = x[rows, in] w^T. panels is [ceil(out / WIDTH), blocks, BLOCK / QUAD, WIDTH, QUAD]
- * and scales [ceil(out / WIDTH), blocks, WIDTH]. `terms` is 1, or 2 for rows in 15 bits instead of
- * 8. Returns 0, or 1 when there is no memory for the quantised rows. */
-int multiply_int8(const float *x, const uint8_t *panels, const uint16_t *scales, float *y,
-                  int64_t rows, int64_t in, int64_t out, int terms, int num_threads) {
+/* panels is [ceil(out / WIDTH), blocks, BLOCK / QUAD, WIDTH, QUAD] and scales
+ * [ceil(out / WIDTH), blocks, WIDTH]. `terms` is 1, or 2 for rows in 15 bits instead of 8. Returns
+ * 0, or 1 when there is no memory for the quantised rows. */
+int multiply_int8(const matrix_t *w, const float *x, float *y, int64_t rows, int num_threads) {
+    int64_t in = w->in, out = w->out, terms = w->terms;
     int64_t blocks = (in + BLOCK - 1) / BLOCK, count = (out + WIDTH - 1) / WIDTH;
     int64_t places = rows * terms * blocks;
     rows_t q = {.blocks = blocks};
@@ -199,11 +201,11 @@ int multiply_int8(const float *x, const uint8_t *panels, const uint16_t *scales,
     q.offset = (int32_t *)(q.scale + places);
     q.lines = (int8_t *)(q.offset + places);
 #pragma omp parallel for schedule(static) num_threads(rows *in < MIN_PARALLEL ? 1 : num_threads)
-    for (int64_t t = 0; t < rows; t++) quantise_row(x + t * in, in, t, terms, &q);
+    for (int64_t t = 0; t < rows; t++) quantise_row(x + t * in, in, t, (int)terms, &q);
 #pragma omp parallel for schedule(static) num_threads(num_threads)
     for (int64_t i = 0; i < count; i++) {
-        const uint8_t *panel = panels + i * WIDTH * blocks * BLOCK;
-        const uint16_t *scale = scales + i * WIDTH * blocks;
+        const uint8_t *panel = (const uint8_t *)w->panels + i * WIDTH * blocks * BLOCK;
+        const uint16_t *scale = (const uint16_t *)w->scales + i * WIDTH * blocks;
         float *to = y + i * WIDTH;
         if (terms == 2)
             multiply_panel(&q, rows, panel, scale, to, out, 2, out - i * WIDTH);

@@ -1,104 +1,201 @@
 /* What adapters add: products with their low-rank factors, read where the leases hold them. */
-#include "common.h"
+#include "low_rank.h"
 
-/* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. */
-typedef struct {
-    const float *a, *b;
-    int64_t rank;
-    double scale;
-} pair_t;
+#include <omp.h>
 
-/* Rows start..end-1 belong to the adapter whose pairs begin at `pairs`. */
-typedef struct {
-    int64_t start, end;
-    const pair_t *pairs;
-} rows_t;
+#define RANKS 4 /* ranks that share one pass over what they read */
+#define ROWS (TILE_ROWS > 6 ? 4 : 2) /* rows likewise; the sums of all stay in registers */
 
-#define BLOCK 4 /* rows, and ranks, that share one pass over what they read */
-
-/* y[t] += scale * (x[t] a^T) b for `rows` rows and `ranks` ranks, both constants where this is
- * inlined: all sums stay in registers, x and a are read once, y is written once. */
-static inline __attribute__((always_inline)) void
-add_tile(const float *restrict x, int64_t x_stride, float *restrict y, int64_t y_stride,
-         const float *restrict a, const float *restrict b, float scale, int64_t in, int64_t out,
-         const int rows, const int ranks) {
-    float weight[BLOCK][BLOCK] = {{0.0f}};
+/* inner[t, r] = scale * x[t] a[r]; `rows` and `ranks` are constants where this is inlined. */
+INLINE void shrink_block(const float *restrict x, int64_t in, const float *restrict a, float scale,
+                         float *restrict inner, int64_t inner_stride, const int rows,
+                         const int ranks) {
+    float sums[RANKS][ROWS] = {{0.0f}};
     for (int64_t i = 0; i < in; i++)
 #pragma GCC unroll 4
         for (int r = 0; r < ranks; r++)
 #pragma GCC unroll 4
-            for (int t = 0; t < rows; t++) weight[r][t] += a[r * in + i] * x[t * x_stride + i];
-#pragma GCC unroll 4
+            for (int t = 0; t < rows; t++) sums[r][t] += a[r * in + i] * x[t * in + i];
     for (int r = 0; r < ranks; r++)
-#pragma GCC unroll 4
-        for (int t = 0; t < rows; t++) weight[r][t] *= scale;
-    for (int64_t o = 0; o < out; o++)
-#pragma GCC unroll 4
-        for (int t = 0; t < rows; t++) {
-            float sum = y[t * y_stride + o];
-#pragma GCC unroll 4
-            for (int r = 0; r < ranks; r++) sum += weight[r][t] * b[r * out + o];
-            y[t * y_stride + o] = sum;
-        }
+        for (int t = 0; t < rows; t++) inner[t * inner_stride + r] = scale * sums[r][t];
 }
 
-/* Ask for the next factors while the present ones are used: each adapter's are read once a step. */
-static void prefetch(const pair_t *pair, int64_t in, int64_t out) {
-    for (int64_t i = 0; i < pair->rank * in; i += VEC) __builtin_prefetch(pair->a + i, 0, 2);
-    for (int64_t i = 0; i < pair->rank * out; i += VEC) __builtin_prefetch(pair->b + i, 0, 2);
-}
-
-static void add_block(const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t rows,
-                      const pair_t *pair, int64_t in, int64_t out) {
+/* `shrink_block` for all ranks of a pair and a constant number of rows. */
+INLINE void shrink(const float *x, int64_t in, const pair_t *pair, float *inner,
+                   int64_t inner_stride, const int rows) {
     float scale = (float)pair->scale;
     int64_t r = 0;
-    for (; r + BLOCK <= pair->rank; r += BLOCK) {
-        const float *a = pair->a + r * in, *b = pair->b + r * out;
-        if (rows == BLOCK)
-            add_tile(x, x_stride, y, y_stride, a, b, scale, in, out, BLOCK, BLOCK);
-        else
-            for (int64_t t = 0; t < rows; t++)
-                add_tile(x + t * x_stride, x_stride, y + t * y_stride, y_stride, a, b, scale, in,
-                         out, 1, BLOCK);
-    }
+    for (; r + RANKS <= pair->rank; r += RANKS)
+        shrink_block(x, in, pair->a + r * in, scale, inner + r, inner_stride, rows, RANKS);
     for (; r < pair->rank; r++)
-        for (int64_t t = 0; t < rows; t++)
-            add_tile(x + t * x_stride, x_stride, y + t * y_stride, y_stride, pair->a + r * in,
-                     pair->b + r * out, scale, in, out, 1, 1);
+        shrink_block(x, in, pair->a + r * in, scale, inner + r, inner_stride, rows, 1);
 }
 
-/* y[t, offset of j :] += scale * (x[t] a_j^T) b_j for each projection j of the rows' adapter.
- * `first` is the index of the first projection's pair in each adapter's table. */
-void add_low_rank(const float *x, int64_t x_stride, float *y, int64_t y_stride,
-                  const rows_t *segments, int64_t num_segments, int64_t first,
-                  int64_t num_projections, const int64_t *outs, int64_t in, int num_threads) {
-    int64_t num_blocks = 0, floats = 0;
-    for (int64_t s = 0; s < num_segments; s++) {
-        int64_t rows = segments[s].end - segments[s].start;
-        num_blocks += (rows + BLOCK - 1) / BLOCK;
-        for (int64_t j = 0; j < num_projections; j++)
-            floats += rows * segments[s].pairs[first + j].rank * (in + outs[j]);
+void shrink_tiles(const low_rank_t *adds, const float *x, int64_t rows, int64_t in) {
+    int64_t tiles = rows / TILE_ROWS;
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        int64_t start = tile * TILE_ROWS;
+        if (!fills_tile(adds, start, TILE_ROWS)) continue;
+        const pair_t *pair = adds->segments[adds->segment_of[start]].pairs + adds->first;
+        float *inner = adds->inner + start * adds->inner_stride;
+        for (int64_t j = 0; j < adds->num_projections; inner += pair->rank, j++, pair++)
+            for (int64_t t = 0; t < TILE_ROWS; t += ROWS)
+                shrink(x + (start + t) * in, in, pair, inner + t * adds->inner_stride,
+                       adds->inner_stride, ROWS);
     }
-#pragma omp parallel for schedule(static) num_threads(threads_for(floats, num_threads))
-    for (int64_t block = 0; block < num_blocks; block++) {
-        int64_t s = 0, left = block;
-        for (;; s++) {
-            int64_t blocks = (segments[s].end - segments[s].start + BLOCK - 1) / BLOCK;
-            if (left < blocks) break;
-            left -= blocks;
+}
+
+/* y[t, :width] += inner[t] b[:, :width] for the rows of a tile. */
+static void expand(const float *restrict inner, int64_t inner_stride, const float *restrict b,
+                   int64_t rank, int64_t out, float *restrict y, int64_t y_stride, int64_t width) {
+    if (width < TILE_WIDTH) {
+        for (int64_t r = 0; r < rank; r++)
+            for (int t = 0; t < TILE_ROWS; t++)
+                for (int64_t c = 0; c < width; c++)
+                    y[t * y_stride + c] += inner[t * inner_stride + r] * b[r * out + c];
+        return;
+    }
+    wide_t sums[TILE_ROWS][COLS];
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE_ROWS; t++)
+#pragma GCC unroll 3
+        for (int c = 0; c < COLS; c++) sums[t][c] = *(wide_t *)(y + t * y_stride + c * WIDE);
+#pragma GCC unroll 1
+    for (int64_t r = 0; r < rank; r++)
+#pragma GCC unroll 8
+        for (int t = 0; t < TILE_ROWS; t++)
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++)
+                sums[t][c] +=
+                    inner[t * inner_stride + r] * *(const wide_t *)(b + r * out + c * WIDE);
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE_ROWS; t++)
+#pragma GCC unroll 3
+        for (int c = 0; c < COLS; c++) *(wide_t *)(y + t * y_stride + c * WIDE) = sums[t][c];
+}
+
+void expand_tile(const low_rank_t *adds, int64_t row, int64_t column, int64_t width, float *y,
+                 int64_t y_stride) {
+    const pair_t *pair = adds->segments[adds->segment_of[row]].pairs + adds->first;
+    const float *inner = adds->inner + row * adds->inner_stride;
+    int64_t end = column + width, first = 0; /* `first` output of the projection */
+    for (int64_t j = 0; column < end; first += adds->outs[j++], inner += pair++->rank) {
+        int64_t last = first + adds->outs[j], count = (last < end ? last : end) - column;
+        if (count <= 0) continue;
+        expand(inner, adds->inner_stride, pair->b + column - first, pair->rank, adds->outs[j], y,
+               y_stride, count);
+        column += count;
+        y += count;
+    }
+}
+
+/* The lone rows are dealt to the threads in turns: the next row of this thread from `row` on. */
+static int64_t next_lone_row(const low_rank_t *adds, int64_t row, int64_t rows, int64_t *number) {
+    for (; row < rows; row++) {
+        int64_t tile = row / TILE_ROWS * TILE_ROWS, left = rows - tile;
+        if (adds->segment_of[row] < 0) continue;
+        if (fills_tile(adds, tile, left < TILE_ROWS ? left : TILE_ROWS)) {
+            row = tile + TILE_ROWS - 1;
+            continue;
         }
-        int64_t start = segments[s].start + left * BLOCK;
-        int64_t rows = segments[s].end - start < BLOCK ? segments[s].end - start : BLOCK;
-        int64_t offset = 0;
-        int ends = start + rows == segments[s].end && s + 1 < num_segments;
-        for (int64_t j = 0; j < num_projections; j++) {
-            if (j + 1 < num_projections)
-                prefetch(&segments[s].pairs[first + j + 1], in, outs[j + 1]);
-            else if (ends)
-                prefetch(&segments[s + 1].pairs[first], in, outs[0]);
-            add_block(x + start * x_stride, x_stride, y + start * y_stride + offset, y_stride,
-                      rows, &segments[s].pairs[first + j], in, outs[j]);
-            offset += outs[j];
+        if ((*number)++ % omp_get_num_threads() == omp_get_thread_num()) break;
+    }
+    return row;
+}
+
+/* y += scale * (x a^T) b for one row; `ranks` is a constant where this is inlined. */
+INLINE void add_row(const float *restrict x, float *restrict y, const float *restrict a,
+                    const float *restrict b, float scale, int64_t in, int64_t out,
+                    const int ranks) {
+    float inner[RANKS];
+    shrink_block(x, in, a, scale, inner, RANKS, 1, ranks);
+    for (int64_t o = 0; o < out; o++) {
+        float sum = y[o];
+#pragma GCC unroll 4
+        for (int r = 0; r < ranks; r++) sum += inner[r] * b[r * out + o];
+        y[o] = sum;
+    }
+}
+
+void add_lone_rows(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,
+                   int64_t out) {
+    int64_t number = 0, row = -1;
+    while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows) {
+        const pair_t *pair = adds->segments[adds->segment_of[row]].pairs + adds->first;
+        const float *xt = x + row * in;
+        float *yt = y + row * out;
+        for (int64_t j = 0; j < adds->num_projections; yt += adds->outs[j++], pair++) {
+            int64_t r = 0, width = adds->outs[j];
+            float scale = (float)pair->scale;
+            for (; r + RANKS <= pair->rank; r += RANKS)
+                add_row(xt, yt, pair->a + r * in, pair->b + r * width, scale, in, width, RANKS);
+            for (; r < pair->rank; r++)
+                add_row(xt, yt, pair->a + r * in, pair->b + r * width, scale, in, width, 1);
         }
+    }
+}
+
+int64_t begin_coming(coming_t *coming, const low_rank_t *adds, int64_t rows, int64_t in) {
+    int64_t floats = 0, number = 0, row = -1;
+    while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows) {
+        const pair_t *pair = adds->segments[adds->segment_of[row]].pairs + adds->first;
+        for (int64_t j = 0; j < adds->num_projections; j++)
+            floats += pair[j].rank * (in + adds->outs[j]);
+    }
+    *coming = (coming_t){.adds = adds, .rows = rows, .in = in, .row = -1};
+    coming->piece = 2 * adds->num_projections;
+    return floats;
+}
+
+/* Pieces are the a of all projections, then their b; what lies together is one run. */
+static int next_run(coming_t *coming) {
+    const low_rank_t *adds = coming->adds;
+    int64_t n = adds->num_projections;
+    for (coming->at = coming->end = NULL;;) {
+        if (coming->piece == 2 * n) {
+            if (coming->at) return 1;
+            coming->row = next_lone_row(adds, coming->row + 1, coming->rows, &coming->index);
+            if (coming->row >= coming->rows) return 0;
+            coming->piece = 0;
+        }
+        const pair_t *pair = adds->segments[adds->segment_of[coming->row]].pairs + adds->first;
+        int64_t j = coming->piece % n, is_b = coming->piece >= n;
+        const float *from = is_b ? pair[j].b : pair[j].a;
+        int64_t floats = pair[j].rank * (is_b ? adds->outs[j] : coming->in);
+        if (coming->at && floats && from != coming->end) return 1;
+        if (floats) {
+            if (!coming->at) coming->at = from;
+            coming->end = from + floats;
+        }
+        coming->piece++;
+    }
+}
+
+int64_t next_coming(coming_t *coming, int64_t floats, const float **from) {
+    if (coming->at == coming->end && !next_run(coming)) return 0;
+    int64_t left = coming->end - coming->at;
+    *from = coming->at;
+    if (floats > left) floats = left;
+    coming->at += floats;
+    return floats;
+}
+
+/* Add everything to y[rows, out], after the product. */
+void add_low_rank(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,
+                  int64_t out, int num_threads) {
+    int64_t count = (out + TILE_WIDTH - 1) / TILE_WIDTH, tiles = rows / TILE_ROWS;
+#pragma omp parallel num_threads(num_threads)
+    {
+        shrink_tiles(adds, x, rows, in);
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < count * tiles; i++) {
+            int64_t column = i / tiles * TILE_WIDTH, row = i % tiles * TILE_ROWS;
+            int64_t left = out - column;
+            if (fills_tile(adds, row, TILE_ROWS))
+                expand_tile(adds, row, column, left < TILE_WIDTH ? left : TILE_WIDTH,
+                            y + row * out + column, out);
+        }
+        add_lone_rows(adds, x, y, rows, in, out);
     }
 }

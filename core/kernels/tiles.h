@@ -1,5 +1,5 @@
 /* Products of a few rows with a panel: a strip of a matrix, TILE_WIDTH outputs wide, [in, width].
- * All sums stay in registers; without registers for them there are no panels (TILE_WIDTH 0).
+ * All sums stay in registers.
  */
 #pragma once
 
@@ -20,21 +20,40 @@ typedef float wide_t __attribute__((vector_size(32), aligned(4), may_alias));
 #define TILE_WIDTH (COLS * WIDE)
 #define TILE_STEP 8 /* features between two lots of fetching ahead */
 
+/* What to fetch meanwhile: from where, how many cache lines in a lot, and whether into the nearest
+ * cache or the next. */
+typedef struct {
+    const float *at;
+    int64_t lines;
+    int is_near;
+} ahead_t;
+
+#define NOTHING ((ahead_t){NULL, 0, 0})
+
+INLINE void fetch_lot(ahead_t *ahead) {
+    if (ahead->is_near)
+        for (int64_t line = 0; line < ahead->lines; line++, ahead->at += LINE)
+            __builtin_prefetch(ahead->at, 0, 3);
+    else
+        for (int64_t line = 0; line < ahead->lines; line++, ahead->at += LINE)
+            __builtin_prefetch(ahead->at, 0, 2);
+}
+
 /* y[rows, cols] = x[rows, in] times one panel; `rows` is a constant where this is inlined.
- * Meanwhile `lines` cache lines from `ahead` on are fetched for every TILE_STEP features. */
+ * Meanwhile, for every TILE_STEP features, some cache lines are fetched. */
 INLINE void multiply_tile(const float *restrict x, int64_t x_stride, const float *restrict panel,
                           float *restrict y, int64_t y_stride, int64_t in, const int rows,
-                          int64_t cols, const float *ahead, int64_t lines) {
+                          int64_t cols, ahead_t panels, ahead_t others) {
     wide_t sums[TILE_ROWS][COLS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
         for (int c = 0; c < COLS; c++) sums[r][c] = (wide_t){0.0f};
-    const int64_t step = lines ? TILE_STEP : in;
+    const int64_t step = panels.lines + others.lines ? TILE_STEP : in;
     for (int64_t start = 0; start < in; start += step) {
         int64_t end = start + step < in ? start + step : in;
-        for (int64_t line = 0; line < lines; line++, ahead += LINE)
-            __builtin_prefetch(ahead, 0, 3);
+        fetch_lot(&panels);
+        fetch_lot(&others);
 #pragma GCC unroll 1 /* unrolled, sums would be reordered and leave the registers */
         for (int64_t k = start; k < end; k++)
 #pragma GCC unroll 8
@@ -56,10 +75,10 @@ INLINE void multiply_tile(const float *restrict x, int64_t x_stride, const float
 /* `multiply_tile` for any number of rows from 1 to TILE_ROWS. */
 INLINE void multiply_rows(const float *x, int64_t x_stride, const float *panel, float *y,
                           int64_t y_stride, int64_t in, int64_t rows, int64_t cols,
-                          const float *ahead, int64_t lines) {
+                          ahead_t panels, ahead_t others) {
 #define TILE_CASE(n)                                                                         \
     case n:                                                                                  \
-        multiply_tile(x, x_stride, panel, y, y_stride, in, n, cols, ahead, lines);           \
+        multiply_tile(x, x_stride, panel, y, y_stride, in, n, cols, panels, others);         \
         break;
     switch (rows) {
         TILE_CASE(1)

@@ -8,15 +8,14 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from operations import Adding, KernelAdding, StackedAdding
 from tiny_models import random_factors, write_tiny_llama
 from torch import Tensor
 
 from core.batch import AdapterRows
 from core.factors import AdapterFactors, ModuleKey
 from core.kernels.build import load_library
-from core.kernels.cpu_ops import CpuOps
 from core.model_config import ModelConfig, read_model_config
-from core.ops import Ops, TorchOps
 from core.weights import FUSED_PROJECTIONS
 
 CPU = torch.device("cpu")
@@ -59,31 +58,32 @@ def slow_add(
 
 
 def check_all_modules(
-    config: ModelConfig, ops: Ops, rows: Sequence[AdapterRows], dtype: torch.dtype, seed: int
+    config: ModelConfig, adding: Adding, rows: Sequence[AdapterRows], dtype: torch.dtype, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    binding = ops.bind(rows)
-    ops.check_integrity()
+    product = adding.bind(rows)
+    adding.check_integrity()
     if all(entry.lease is None for entry in rows):
-        assert binding is None
+        assert product is None
         return
-    assert binding is not None
+    assert product is not None
     for layer in range(config.num_layers):
         for fused, names in enumerate(FUSED_PROJECTIONS):
             shapes = [config.projection_shape(name) for name in names]
-            x_TI = torch.randn(rows[-1].end, shapes[0][1], generator=generator).to(dtype)
-            y_TO = torch.randn(rows[-1].end, sum(s[0] for s in shapes), generator=generator)
-            y_TO = y_TO.to(dtype)
-            expected = slow_add(config, rows, layer, fused, x_TI, y_TO)
-            before = y_TO.clone()
+            num_in, num_out = shapes[0][1], sum(shape[0] for shape in shapes)
+            x_TI = torch.randn(rows[-1].end, num_in, generator=generator).to(dtype)
+            weight_OI = torch.randn(num_out, num_in, generator=generator).to(dtype)
+            base_TO = x_TI.double() @ weight_OI.double().T
+            expected = slow_add(config, rows, layer, fused, x_TI, base_TO)
             with torch.inference_mode():
-                binding.add(layer, fused, x_TI, y_TO)
+                y_TO = product(layer, fused, weight_OI, x_TI).double()
             bound = 1e-5 if dtype == torch.float32 else 2e-2
-            assert (y_TO.double() - expected).abs().max() <= bound * expected.abs().max()
+            assert (y_TO - expected).abs().max() <= bound * expected.abs().max()
             for entry in rows:
                 if entry.lease is None:
                     own = slice(entry.start, entry.end)
-                    assert torch.equal(y_TO[own], before[own]), "a base row was changed"
+                    largest = base_TO[own].abs().max()
+                    assert (y_TO[own] - base_TO[own]).abs().max() <= bound * largest
 
 
 def lay_out(known: dict[str, AdapterFactors], wanted: Sequence[tuple[str | None, int]]) -> Any:
@@ -95,13 +95,13 @@ def lay_out(known: dict[str, AdapterFactors], wanted: Sequence[tuple[str | None,
     return tuple(rows)
 
 
-def make_ops(config: ModelConfig, dtype: torch.dtype, compiled: bool) -> Ops:
-    if not compiled:
-        return TorchOps(config, CPU, dtype)
+def make_adding(config: ModelConfig, dtype: torch.dtype, way: str) -> Adding:
+    if way == "stacks":
+        return StackedAdding(config, CPU, dtype)
     library = load_library()
     if library is None:
         pytest.skip("no C compiler here")
-    return CpuOps(config, library)
+    return KernelAdding(config, library, after=way == "after")
 
 
 def random_adapters(config: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -126,9 +126,14 @@ def random_adapters(config: ModelConfig, seed: int, dtype: torch.dtype) -> dict[
 
 
 WAYS = pytest.mark.parametrize(
-    ("dtype", "compiled"),
-    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
-    ids=["fp32", "bf16", "kernels"],
+    ("dtype", "way"),
+    [
+        (torch.float32, "stacks"),
+        (torch.bfloat16, "stacks"),
+        (torch.float32, "within"),
+        (torch.float32, "after"),
+    ],
+    ids=["fp32", "bf16", "within", "after"],
 )
 
 CASES: dict[str, list[tuple[str | None, int]]] = {
@@ -147,19 +152,19 @@ CASES: dict[str, list[tuple[str | None, int]]] = {
 @pytest.mark.parametrize("case", CASES)
 @WAYS
 def test_increments_equal_the_slow_loop(
-    case: str, dtype: torch.dtype, compiled: bool, config: ModelConfig
+    case: str, dtype: torch.dtype, way: str, config: ModelConfig
 ) -> None:
     known = random_adapters(config, 0, dtype)
-    ops = make_ops(config, dtype, compiled)
+    adding = make_adding(config, dtype, way)
     rows = lay_out(known, CASES[case])
     if case == "only_an_empty_one":
-        binding = ops.bind(rows)
-        y_TO = torch.ones(5, 64, dtype=dtype)
-        if binding is not None:
-            binding.add(0, 1, torch.ones(5, 64, dtype=dtype), y_TO)
-        assert torch.equal(y_TO, torch.ones(5, 64, dtype=dtype))
+        product = adding.bind(rows)
+        if product is not None:
+            ones = torch.ones(5, 64, dtype=dtype)
+            y_TO = product(0, 1, torch.eye(64, dtype=dtype), ones)
+            assert torch.equal(y_TO, ones)
         return
-    check_all_modules(config, ops, rows, dtype, seed=1)
+    check_all_modules(config, adding, rows, dtype, seed=1)
 
 
 class BindingMachine(RuleBasedStateMachine):
@@ -167,12 +172,12 @@ class BindingMachine(RuleBasedStateMachine):
 
     config: ModelConfig
     dtype = torch.float32
-    compiled = False
+    way = "stacks"
 
     @initialize(seed=st.integers(0, 20))
     def start(self, seed: int) -> None:
         self.known = random_adapters(self.config, seed, self.dtype)
-        self.ops = make_ops(self.config, self.dtype, self.compiled)
+        self.adding = make_adding(self.config, self.dtype, self.way)
         self.num_binds = 0
 
     @rule(
@@ -188,22 +193,22 @@ class BindingMachine(RuleBasedStateMachine):
     def bind(self, wanted: list[tuple[str | None, int]]) -> None:
         self.num_binds += 1
         rows = lay_out(self.known, wanted)
-        check_all_modules(self.config, self.ops, rows, self.dtype, self.num_binds)
+        check_all_modules(self.config, self.adding, rows, self.dtype, self.num_binds)
 
     @rule(name=st.sampled_from(NAMES[:-1]))
     def bind_one_alone(self, name: str) -> None:
         rows = lay_out(self.known, [(name, 2)])
-        check_all_modules(self.config, self.ops, rows, self.dtype, 0)
+        check_all_modules(self.config, self.adding, rows, self.dtype, 0)
 
     @invariant()
     def intact(self) -> None:
-        if hasattr(self, "ops"):
-            self.ops.check_integrity()
+        if hasattr(self, "adding"):
+            self.adding.check_integrity()
 
 
 @WAYS
-def test_random_active_sets(dtype: torch.dtype, compiled: bool, config: ModelConfig) -> None:
-    own = {"config": config, "dtype": dtype, "compiled": compiled}
+def test_random_active_sets(dtype: torch.dtype, way: str, config: ModelConfig) -> None:
+    own = {"config": config, "dtype": dtype, "way": way}
     machine = type("Machine", (BindingMachine,), own)
     case = machine.TestCase()
     case.settings = settings(max_examples=8, stateful_step_count=8, deadline=None, derandomize=True)
@@ -213,35 +218,35 @@ def test_random_active_sets(dtype: torch.dtype, compiled: bool, config: ModelCon
 def test_stacks_hold_what_is_active_and_forget_the_rest(config: ModelConfig) -> None:
     """Bytes follow the widest active set, not the number of adapters that have passed."""
     many = {f"n{n}": random_factors(config, f"n{n}", rank=4, seed=n) for n in range(30)}
-    ops = TorchOps(config, CPU, torch.float32)
+    adding = StackedAdding(config, CPU, torch.float32)
     one = many["n0"].num_bytes
     for name in many:
-        check_all_modules(config, ops, lay_out(many, [(name, 2)]), torch.float32, 0)
-    assert ops.adapter_bytes <= 1.25 * one
+        check_all_modules(config, adding, lay_out(many, [(name, 2)]), torch.float32, 0)
+    assert adding.num_bytes <= 1.25 * one
     several = [(f"n{n}", 1) for n in range(8)]
-    check_all_modules(config, ops, lay_out(many, several), torch.float32, 0)
-    assert 8 * one <= ops.adapter_bytes <= 8 * 1.25 * one
+    check_all_modules(config, adding, lay_out(many, several), torch.float32, 0)
+    assert 8 * one <= adding.num_bytes <= 8 * 1.25 * one
 
 
 def test_an_adapter_that_stays_is_not_copied_again(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = {f"n{n}": random_factors(config, f"n{n}", rank=4, seed=n) for n in range(5)}
-    ops = TorchOps(config, CPU, torch.float32)
+    adding = StackedAdding(config, CPU, torch.float32)
     filled: list[str] = []
-    plain_fill = ops._slots._fill
+    plain_fill = adding._fill
 
     def fill(factors: AdapterFactors, first: int, last: int) -> None:
         filled.append(factors.digest)
         plain_fill(factors, first, last)
 
-    monkeypatch.setattr(ops._slots, "_fill", fill)
-    ops.bind(lay_out(known, [("n0", 1), ("n1", 1), ("n2", 1), ("n3", 1)]))
+    monkeypatch.setattr(adding, "_fill", fill)
+    adding.bind(lay_out(known, [("n0", 1), ("n1", 1), ("n2", 1), ("n3", 1)]))
     filled.clear()
     for _ in range(5):
-        ops.bind(lay_out(known, [("n0", 1), ("n1", 1)]))
-        ops.bind(lay_out(known, [("n3", 9), (None, 2), ("n2", 1)]))
+        adding.bind(lay_out(known, [("n0", 1), ("n1", 1)]))
+        adding.bind(lay_out(known, [("n3", 9), (None, 2), ("n2", 1)]))
     assert filled == []
-    ops.bind(lay_out(known, [("n0", 1), ("n4", 1)]))
+    adding.bind(lay_out(known, [("n0", 1), ("n4", 1)]))
     assert filled == ["n4"]
-    ops.check_integrity()
+    adding.check_integrity()

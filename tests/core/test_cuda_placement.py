@@ -23,8 +23,8 @@ from core.engine import Engine
 from core.engine_config import EngineConfig
 from core.factors import AdapterFactors, LowRankPair
 from core.loading import load_engine, resolve_placement
-from core.ops import TorchOps
 from core.requests import FinishReason, SamplingParams
+from core.torch_layers import TorchLayers
 
 FREE_BYTES = 1 << 22
 
@@ -68,7 +68,7 @@ def test_auto_is_bfloat16_on_cuda_with_a_share_of_the_free_memory(
     stats = engine.stats()
     assert 0.5 * FREE_BYTES < stats.kv_bytes_total <= 0.6 * FREE_BYTES
     assert stats.device_bytes == 1
-    assert isinstance(engine.model.ops, TorchOps)
+    assert isinstance(engine.model.layers, TorchLayers)
     weights = engine.model.weights
     assert {device_of(t) for t in (weights.embedding_VH, weights.norm_H)} == {CUDA}
     results = run_all(engine, [request("a", random_prompt(1, 9))])

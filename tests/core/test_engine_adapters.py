@@ -19,8 +19,8 @@ from tiny_models import (
 
 from core.adapter_slots import StackBinding
 from core.errors import AdapterUnavailableError
-from core.ops import TorchOps
 from core.requests import FinishReason
+from core.torch_layers import TorchLayers
 
 
 @pytest.fixture
@@ -102,14 +102,15 @@ def test_a_base_only_batch_touches_no_adapter(
     for compiled in (True, False):
         engine = small_engine(tiny_path, source, compiled_kernels=compiled)
         bindings: list[object] = []
-        plain_forward = engine.model.forward
+        layers: Any = engine.model.layers
+        owner, door = (layers._tables, "segments") if compiled else (layers.slots, "bind")
+        plain = getattr(owner, door)
 
-        def forward(batch: Any, kv: Any, adapters: Any, run: Any = plain_forward,
-                    seen: list[object] = bindings) -> Any:  # fmt: skip
-            seen.append(adapters)
-            return run(batch, kv, adapters)
+        def bind(rows: Any, run: Any = plain, seen: list[object] = bindings) -> Any:
+            seen.append(run(rows))
+            return seen[-1]
 
-        monkeypatch.setattr(engine.model, "forward", forward)
+        monkeypatch.setattr(owner, door, bind)
         prompts = [random_prompt(n, 4 + n) for n in range(4)]
         results = run_all(engine, [request(str(n), p) for n, p in enumerate(prompts)])
         for n, prompt in enumerate(prompts):
@@ -126,10 +127,10 @@ def test_an_all_one_adapter_batch_uses_no_mask(
 ) -> None:
     """Promise 5's other half, and its counter-example: two adapters' decodes do share one."""
     engine = small_engine(tiny_path, source, compiled_kernels=False)
-    ops = engine.model.ops
-    assert isinstance(ops, TorchOps)
+    layers = engine.model.layers
+    assert isinstance(layers, TorchLayers)
     masked: list[bool] = []
-    plain_bind = ops.bind
+    plain_bind = layers.slots.bind
 
     def bind(rows: Any) -> Any:
         binding = plain_bind(rows)
@@ -137,7 +138,7 @@ def test_an_all_one_adapter_batch_uses_no_mask(
         masked.append(binding._others_TC1 is not None)
         return binding
 
-    monkeypatch.setattr(ops, "bind", bind)
+    monkeypatch.setattr(layers.slots, "bind", bind)
     prompts = [random_prompt(n, 6) for n in range(4)]
     run_all(engine, [request(str(n), p, None, "all-4") for n, p in enumerate(prompts)])
     assert masked

@@ -1,34 +1,18 @@
 """The int8 product in each form of its kernel, and in torch, against slow products."""
 
-import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from int8_reference import held, slow_rounded
+from kernel_forms import FORMS, load_form
 from torch import Tensor
 
 from core.int8 import BLOCK, TorchInt8Linear, quantise
-from core.kernels import build
 from core.kernels.int8_linear import Int8Linear
 from core.linear import Linear
 
-SOURCE = Path(build.__file__).with_name("int8.c")
-FORMS = {  # the kernel's forms: compiler flags, and what the processor must have
-    "native": (("-march=native",), ()),
-    "avx_vnni": (("-march=x86-64-v3", "-mavxvnni"), ("avx2", "avx_vnni")),
-    "avx2": (("-march=x86-64-v3",), ("avx2",)),
-    "plain": ((), ()),
-}
 MakeInt8 = Callable[..., Linear]
-
-
-def processor_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    return set(info.read_text().split()) if info.is_file() else set()
 
 
 @pytest.fixture(scope="module", params=[*FORMS, "torch"])
@@ -36,20 +20,7 @@ def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Makes linears of one form of the kernel, or of torch."""
     if request.param == "torch":
         return TorchInt8Linear
-    flags, needed = FORMS[request.param]
-    compiler = shutil.which("cc")
-    if compiler is None or not processor_flags().issuperset(needed):
-        pytest.skip(f"no compiler, or no {needed}")
-    folder = tmp_path_factory.mktemp("int8")
-    compiled, linked = folder / "int8.o", folder / "int8.so"
-    arguments = [flag for flag in build._FLAGS if not flag.startswith("-march")]
-    # Linked apart: with -ffast-math there a library turns subnormals off for its whole process.
-    for command in (
-        [compiler, *arguments, *flags, "-c", str(SOURCE), "-o", str(compiled)],
-        [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
-    ):
-        subprocess.run(command, check=True)
-    library = ctypes.CDLL(str(linked))
+    library = load_form(request.param, tmp_path_factory.mktemp("int8"))
     return lambda weight_OI, **options: Int8Linear(library, weight_OI, **options)
 
 

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_forms import load_form
+from operations import KernelOperations, TorchOperations
 from tiny_models import write_tiny_llama
 from torch import Tensor
 
 from core.batch import Batch, build_batch
 from core.engine_config import EngineConfig
 from core.kernels import build
-from core.kernels.cpu_linear import PanelLinear, panel_width
-from core.kernels.cpu_ops import CpuOps
+from core.kernels.panel_linear import PanelLinear
 from core.kv_storage import KVStorage
 from core.loading import load_engine
 from core.model_config import ModelConfig, read_model_config
-from core.ops import TorchOps
 from core.requests import GenerationRequest, SamplingParams
 from core.sequence import Chunk, Sequence
+from core.torch_layers import TorchLayers
 
 CPU = torch.device("cpu")
 SHAPES = {  # heads, key heads, head_dim
@@ -42,6 +43,12 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@pytest.fixture(scope="module", params=("native", "avx2", "plain"))
+def formed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The library as other processors have it."""
+    return load_form(request.param, tmp_path_factory.mktemp("form"))
+
+
 @pytest.fixture(scope="module", params=SHAPES)
 def config(request: pytest.FixtureRequest, tmp_path_factory) -> ModelConfig:
     num_heads, num_kv_heads, head_dim = SHAPES[request.param]
@@ -57,8 +64,8 @@ def config(request: pytest.FixtureRequest, tmp_path_factory) -> ModelConfig:
 
 
 @pytest.fixture
-def twins(config: ModelConfig, library: ctypes.CDLL) -> tuple[CpuOps, TorchOps]:
-    return CpuOps(config, library), TorchOps(config, CPU, torch.float32)
+def twins(config: ModelConfig, library: ctypes.CDLL) -> tuple[KernelOperations, TorchOperations]:
+    return KernelOperations(config, library), TorchOperations(config)
 
 
 def noise(*shape: int, seed: int = 0, spread: float = 1.0) -> Tensor:
@@ -183,12 +190,10 @@ def test_attention_sees_nothing_of_later_or_foreign_places(config: ModelConfig, 
 
 @pytest.mark.parametrize("num_out", [1, 47, 48, 960])
 @pytest.mark.parametrize("num_in", [1, 16, 577])
-def test_panels(num_out: int, num_in: int, library: ctypes.CDLL) -> None:
+def test_panels(num_out: int, num_in: int, formed: ctypes.CDLL) -> None:
     """Every remainder of rows and outputs, against fp64."""
-    if panel_width(library) == 0:
-        pytest.skip("this processor's kernels have no panels")
     weight_OI = noise(num_out, num_in, seed=1)
-    linear = PanelLinear(library, weight_OI)
+    linear = PanelLinear(formed, weight_OI)
     for num_rows in (1, 2, 3, 4, 7, 8, 9, 15, 16, 40):
         x_TI = noise(num_rows, num_in, seed=num_rows)
         expected = x_TI.double() @ weight_OI.double().T
@@ -203,7 +208,7 @@ def test_an_engine_without_compiled_kernels_uses_torch(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build.load_library(tmp_path / "cache") is None
     engine = load_engine(tiny_path, EngineConfig(device="cpu", kv_cache_bytes=1 << 16))
-    assert isinstance(engine.model.ops, TorchOps)
+    assert isinstance(engine.model.layers, TorchLayers)
 
 
 def test_a_compiler_that_fails_is_a_warning_with_its_words(
@@ -236,4 +241,4 @@ def test_the_library_is_compiled_once(tmp_path: Path, library, monkeypatch) -> N
 
 def test_half_precision_and_compiled_kernels_do_not_meet(tiny_path: Path) -> None:
     config = EngineConfig(device="cpu", dtype="bfloat16", kv_cache_bytes=1 << 16)
-    assert isinstance(load_engine(tiny_path, config).model.ops, TorchOps)
+    assert isinstance(load_engine(tiny_path, config).model.layers, TorchLayers)

@@ -1,6 +1,7 @@
 """The forward against transformers in fp32, and in bf16 within bf16's tolerance."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,9 @@ def model_logits(
     for size in chunk_sizes or [len(token_ids)]:
         chunk = Chunk(seq, start, size)
         batch = build_batch([chunk], PAGE_SIZE, cpu, with_lengths=model.rotary.depends_on_length)
-        binding = None if factors is None else model.ops.bind([AdapterRows(Held(factors), 0, size)])
-        parts.append(model.forward(batch, kv, binding))
+        if factors is not None:
+            batch = replace(batch, adapter_rows=(AdapterRows(Held(factors), 0, size),))
+        parts.append(model.forward(batch, kv))
         start += size
     assert start == len(token_ids)
     return torch.cat(parts)

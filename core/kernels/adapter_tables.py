@@ -1,0 +1,106 @@
+"""Where the kernels find the factors of a step's adapters: addresses, no copies.
+
+Each row reads its own adapter's factors where the lease holds them, so adapters need no stacks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from core.batch import AdapterRows
+from core.factors import PROJECTIONS, AdapterFactors
+from core.kernels.structs import PAIR, SEGMENT
+from core.model_config import ModelConfig
+from core.weights import FUSED_PROJECTIONS
+
+_MAX_TABLES = 1024
+
+
+@dataclass(frozen=True)
+class _Table:
+    """An adapter's `PAIR` records by layer, then in `PROJECTIONS`' order.
+
+    Valid while `factors` lives, which the lease sees to. `inner_width` is the most columns that
+    the projections of one fused matrix have together.
+    """
+
+    factors: weakref.ref[AdapterFactors]
+    pairs: npt.NDArray[np.void]
+    inner_width: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A step's rows by adapter, `SEGMENT` records; `tables` keeps alive what they point to."""
+
+    records: npt.NDArray[np.void]
+    inner_stride: int
+    tables: tuple[_Table, ...]
+
+
+class AdapterTables:
+    """The tables of the adapters that were used last. The engine's thread alone calls it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._tables: OrderedDict[str, _Table] = OrderedDict()
+
+    def segments(self, adapter_rows: Sequence[AdapterRows]) -> Segments | None:
+        """Lay the rows of adapters out; None when all rows are the base's."""
+        leased = [
+            (rows, self._table_of(rows.lease.factors))
+            for rows in adapter_rows
+            if rows.lease is not None
+        ]
+        if not leased:
+            return None
+        records = np.array(
+            [(rows.start, rows.end, table.pairs.ctypes.data) for rows, table in leased],
+            dtype=SEGMENT,
+        )
+        tables = tuple(table for _, table in leased)
+        return Segments(records, max(table.inner_width for table in tables), tables)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(table.pairs.nbytes for table in self._tables.values())
+
+    def check_integrity(self) -> None:
+        """Assert that the tables are bounded."""
+        assert len(self._tables) <= _MAX_TABLES
+
+    def _table_of(self, factors: AdapterFactors) -> _Table:
+        table = self._tables.get(factors.digest)
+        if table is None or table.factors() is not factors:
+            pairs = _pairs(factors, self._config)
+            table = _Table(weakref.ref(factors), pairs, _inner_width(pairs))
+            self._tables[factors.digest] = table
+        self._tables.move_to_end(factors.digest)
+        while len(self._tables) > _MAX_TABLES:
+            self._tables.popitem(last=False)
+        return table
+
+
+def _pairs(factors: AdapterFactors, config: ModelConfig) -> npt.NDArray[np.void]:
+    table = np.zeros(config.num_layers * len(PROJECTIONS), dtype=PAIR)
+    for key, pair in factors.pairs.items():
+        for tensor in (pair.a_RI, pair.b_RO):
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                raise TypeError(f"factors of {key} are not contiguous fp32, see AdapterFactors")
+        place = key.layer * len(PROJECTIONS) + PROJECTIONS.index(key.projection)
+        table[place] = (pair.a_RI.data_ptr(), pair.b_RO.data_ptr(), len(pair.a_RI), pair.scale)
+    return table
+
+
+def _inner_width(pairs: npt.NDArray[np.void]) -> int:
+    ranks = pairs["rank"].reshape(-1, len(PROJECTIONS))
+    firsts = np.cumsum([0, *(len(names) for names in FUSED_PROJECTIONS[:-1])])
+    return int(np.add.reduceat(ranks, firsts, axis=1).max(initial=0))

@@ -1,0 +1,139 @@
+/* All decoder layers of a Llama for the rows of one step: one call, no way back to Python between. */
+#include "common.h"
+#include "kernels.h"
+
+#define NUM_PROJECTIONS 7
+
+/* One layer: its norms and its matrices in the order of the forward. */
+typedef struct {
+    const float *input_norm, *post_attention_norm;
+    matrix_t qkv, o, gate_up, down;
+} layer_t;
+
+/* What does not change from step to step. `outs` are the outputs of the projections in their
+ * order; keys of layer l begin at keys + l * kv_stride, its values likewise. */
+typedef struct {
+    const layer_t *layers;
+    const float *last_norm;
+    float *keys, *values;
+    int64_t kv_stride, page_size, num_layers, num_heads, num_kv_heads, head_dim;
+    int64_t outs[NUM_PROJECTIONS];
+    double eps;
+} model_t;
+
+/* One step. x is [rows, hidden] and is used up; out is [rows, hidden]. Decodes are rows
+ * 0..num_decodes-1, prompts the rows of the spans. Without segments no row has an adapter. */
+typedef struct {
+    float *x, *out, *workspace;
+    const float *cosines, *sines;
+    const int64_t *slots, *decode_pages, *decode_lengths, *prompt_pages;
+    const span_t *spans;
+    const segment_t *segments;
+    int64_t rows, num_decodes, decode_max_pages, num_spans, prompt_max_pages;
+    int64_t num_segments, inner_stride;
+} step_t;
+
+enum { QKV, OUT, GATE_UP, DOWN };
+static const int64_t first_projection[] = {0, 3, 4, 6, NUM_PROJECTIONS};
+
+int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const low_rank_t *adds,
+             int num_threads) {
+    if (w->terms == 0) {
+        multiply_panels(w, x, y, rows, adds, num_threads);
+        return 0;
+    }
+    if (multiply_int8(w, x, y, rows, num_threads)) return 1;
+    if (adds) add_low_rank(adds, x, y, rows, w->in, w->out, num_threads);
+    return 0;
+}
+
+typedef struct {
+    float *normed, *wide, *mixed, *delta, *inner;
+    int64_t *segment_of;
+} room_t;
+
+static int64_t wider(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* The next `count` floats of the workspace, on a cache line of their own. */
+static float *take(float **at, int64_t count) {
+    float *taken = *at;
+    *at += (count + LINE - 1) / LINE * LINE;
+    return taken;
+}
+
+/* Divide the workspace; returns how many floats it must have. */
+static int64_t divide(const model_t *m, const step_t *s, room_t *room) {
+    const layer_t *layer = m->layers;
+    float *at = s->workspace;
+    int64_t rows = s->rows;
+    room->segment_of = (int64_t *)take(&at, rows * 2);
+    room->normed = take(&at, rows * layer->qkv.in);
+    room->wide = take(&at, rows * wider(layer->qkv.out, layer->gate_up.out));
+    room->mixed = take(&at, rows * wider(layer->o.in, layer->down.in));
+    room->delta = take(&at, rows * layer->o.out);
+    room->inner = take(&at, rows * s->inner_stride);
+    return at - s->workspace;
+}
+
+int64_t workspace_floats(const model_t *m, const step_t *s) {
+    room_t room;
+    return divide(m, s, &room);
+}
+
+static void name_segments(const step_t *s, int64_t *segment_of) {
+    for (int64_t t = 0; t < s->rows; t++) segment_of[t] = -1;
+    for (int64_t i = 0; i < s->num_segments; i++)
+        for (int64_t t = s->segments[i].start; t < s->segments[i].end; t++) segment_of[t] = i;
+}
+
+static int attend_all(const model_t *m, const step_t *s, const float *query, int64_t layer,
+                      int64_t stride, float *out, int num_threads) {
+    const float *keys = m->keys + layer * m->kv_stride, *values = m->values + layer * m->kv_stride;
+    int failed = 0;
+    if (s->num_decodes)
+        failed |= decode_attention(query, stride, keys, values, s->decode_pages, s->decode_lengths,
+                                   out, s->num_decodes, s->decode_max_pages, m->page_size,
+                                   m->num_heads, m->num_kv_heads, m->head_dim, num_threads);
+    if (s->num_spans)
+        failed |= prompt_attention(query, stride, keys, values, s->prompt_pages, s->spans, out,
+                                   s->num_spans, s->prompt_max_pages, m->page_size, m->num_heads,
+                                   m->num_kv_heads, m->head_dim, num_threads);
+    return failed;
+}
+
+/* Writes keys and values of the rows, then out. Returns 0, or 1 when there is no memory. */
+int run_layers(const model_t *m, const step_t *s, int num_threads) {
+    room_t room;
+    divide(m, s, &room);
+    int64_t rows = s->rows, hidden = m->layers->qkv.in;
+    float *normed = room.normed, *wide = room.wide, *mixed = room.mixed, *delta = room.delta;
+    float eps = (float)m->eps;
+    int failed = 0;
+    name_segments(s, room.segment_of);
+    rms_norm(s->x, NULL, m->layers->input_norm, normed, rows, hidden, eps, num_threads);
+    for (int64_t l = 0; l < m->num_layers; l++) {
+        const layer_t *layer = &m->layers[l];
+        low_rank_t adds[4], *add[4];
+        for (int i = 0; i < 4; i++) {
+            int64_t first = first_projection[i];
+            adds[i] = (low_rank_t){s->segments, room.segment_of, m->outs + first, s->num_segments,
+                                   first_projection[i + 1] - first, l * NUM_PROJECTIONS + first,
+                                   s->inner_stride, room.inner};
+            add[i] = s->num_segments ? &adds[i] : NULL;
+        }
+        failed |= multiply(&layer->qkv, normed, wide, rows, add[QKV], num_threads);
+        rotate_and_store(wide, s->cosines, s->sines, s->slots, m->keys + l * m->kv_stride,
+                         m->values + l * m->kv_stride, rows, m->num_heads, m->num_kv_heads,
+                         m->head_dim, num_threads);
+        failed |= attend_all(m, s, wide, l, layer->qkv.out, mixed, num_threads);
+        failed |= multiply(&layer->o, mixed, delta, rows, add[OUT], num_threads);
+        rms_norm(s->x, delta, layer->post_attention_norm, normed, rows, hidden, eps, num_threads);
+        failed |= multiply(&layer->gate_up, normed, wide, rows, add[GATE_UP], num_threads);
+        silu_mul(wide, mixed, rows, layer->down.in, num_threads);
+        failed |= multiply(&layer->down, mixed, delta, rows, add[DOWN], num_threads);
+        int is_last = l + 1 == m->num_layers;
+        rms_norm(s->x, delta, is_last ? m->last_norm : layer[1].input_norm,
+                 is_last ? s->out : normed, rows, hidden, eps, num_threads);
+    }
+    return failed;
+}

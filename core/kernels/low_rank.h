@@ -1,0 +1,39 @@
+/* What adapters add to a product, in two ways. Rows that fill a tile of the product with one adapter
+ * get theirs tile by tile; all other rows of adapters, lone rows, get theirs when the product is
+ * done: each has factors of its own to read, which were fetched meanwhile. All of it runs inside a
+ * parallel region. */
+#pragma once
+
+#include "kernels.h"
+#include "tiles.h"
+
+/* Whether rows row..row+rows-1, a tile, get theirs there. */
+static inline int fills_tile(const low_rank_t *adds, int64_t row, int64_t rows) {
+    int64_t s = adds->segment_of[row];
+    return rows == TILE_ROWS && s >= 0 && row + rows <= adds->segments[s].end;
+}
+
+/* `inner` of the rows that fill tiles; the threads of the region share the work and wait for each
+ * other. */
+void shrink_tiles(const low_rank_t *adds, const float *x, int64_t rows, int64_t in);
+
+/* Add to columns column..column+width-1 of the tile at `row`; `y` is where they begin. */
+void expand_tile(const low_rank_t *adds, int64_t row, int64_t column, int64_t width, float *y,
+                 int64_t y_stride);
+
+/* Add everything to the lone rows of y[rows, out] that this thread sees to. */
+void add_lone_rows(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,
+                   int64_t out);
+
+/* The factors that `add_lone_rows` is going to read in this thread, run by run. */
+typedef struct {
+    const low_rank_t *adds;
+    int64_t rows, in, row, piece, index;
+    const float *at, *end;
+} coming_t;
+
+/* Begin; returns how many floats there are. */
+int64_t begin_coming(coming_t *coming, const low_rank_t *adds, int64_t rows, int64_t in);
+
+/* The next at most `floats` of them; returns how many, 0 at the end. */
+int64_t next_coming(coming_t *coming, int64_t floats, const float **from);

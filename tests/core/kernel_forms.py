@@ -1,0 +1,41 @@
+"""The kernels as they are compiled for several processors."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from core.kernels import build
+
+FORMS = {  # compiler flags, and what the processor must have
+    "native": (("-march=native",), ()),
+    "avx_vnni": (("-march=x86-64-v3", "-mavxvnni"), ("avx2", "avx_vnni")),
+    "avx2": (("-march=x86-64-v3",), ("avx2",)),
+    "plain": ((), ()),
+}
+
+
+def processor_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    return set(info.read_text().split()) if info.is_file() else set()
+
+
+def load_form(form: str, folder: Path) -> ctypes.CDLL:
+    """Compile all kernels in one form; skips the test where that cannot run here."""
+    flags, needed = FORMS[form]
+    compiler = shutil.which("cc")
+    if compiler is None or not processor_flags().issuperset(needed):
+        pytest.skip(f"no compiler, or no {needed}")
+    arguments = [flag for flag in build._FLAGS if not flag.startswith("-march")]
+    sources = sorted(Path(build.__file__).parent.glob("*.c"))
+    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    # Linked apart: with -ffast-math there a library turns subnormals off for its whole process.
+    for source, compiled in zip(sources, objects, strict=True):
+        subprocess.run(
+            [compiler, *arguments, *flags, "-c", str(source), "-o", compiled], check=True
+        )
+    linked = str(folder / "kernels.so")
+    subprocess.run([compiler, "-shared", *objects, "-o", linked, "-lm"], check=True)
+    return ctypes.CDLL(linked)
