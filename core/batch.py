@@ -73,7 +73,7 @@ class Batch:
     decode        None when no chunk has a single token
     prompts       None when all have
     adapter_rows  cover all rows in order; base-only batches have one entry without a lease
-    head_row_R    int64 rows whose logits are wanted, in the order of `logit_spans`
+    head_row_R    int64 rows whose logits are wanted, ascending, in the order of `logit_spans`
     logit_spans   (chunk, number of its logit rows), only chunks that want any
     """
 

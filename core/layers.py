@@ -3,7 +3,7 @@
 `torch_layers.TorchLayers` runs anywhere that torch does and is the slow twin of
 `kernels.cpu_layers.CpuLayers`.
 
-Shape legend: T rows of the step, H hidden size, D head dimension.
+Shape legend: T rows of the step, R rows that want logits, H hidden size, D head dimension.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ class Layers(Protocol):
     def forward(
         self, x_TH: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch, kv: KVStorage
     ) -> Tensor:
-        """Write the rows' keys and values into `kv`; return their normed outputs [T, H].
+        """Write the rows' keys and values into `kv`; return normed outputs [R, H].
 
         x_TH      embeddings of the rows; used up
         cos_sin   [T, D] each, see `Rotary.tables`
 
-        Each row gets the increments of its adapter, see `Batch.adapter_rows`.
+        Each row gets the increments of its adapter, see `Batch.adapter_rows`; the outputs are
+        those of `batch.head_row_R`, which ascends.
         """
         ...
 

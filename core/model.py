@@ -33,5 +33,4 @@ class LlamaModel:
         cos_sin = self.rotary.tables(batch.position_T, batch.length_T)
         kv.clear(batch.tail_page_P)
         x_TH = F.embedding(batch.token_T, self.weights.embedding_VH)
-        h_TH = self.layers.forward(x_TH, cos_sin, batch, kv)
-        return self.weights.head(h_TH[batch.head_row_R])
+        return self.weights.head(self.layers.forward(x_TH, cos_sin, batch, kv))

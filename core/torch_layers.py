@@ -47,7 +47,7 @@ class TorchLayers:
             h_TH = rms_norm(x_TH, layer.post_attention_norm_H, eps, mixed_TH)
             mlp_TH = _mlp(index, layer, h_TH, adapters)
             h_TH = rms_norm(x_TH, self._norms_after[index], eps, mlp_TH)
-        return h_TH
+        return h_TH[batch.head_row_R]
 
     @property
     def adapter_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 One call computes all layers, so that a step neither takes Python's lock nor returns to it between.
 
-Shape legend: T rows of the step, H hidden size.
+Shape legend: T rows of the step, R rows that want logits, H hidden size.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class CpuLayers:
     ) -> Tensor:
         """See `Layers.forward`. Raises MemoryError; keys and values are then undefined."""
         segments = self._tables.segments(batch.adapter_rows)
-        out_TH = torch.empty_like(x_TH)
-        model, step = self._model, _step(x_TH, out_TH, cos_sin, batch, segments)
+        out_RH = x_TH.new_empty(len(batch.head_row_R), x_TH.shape[1])
+        model, step = self._model, _step(x_TH, out_RH, cos_sin, batch, segments)
         model.keys, model.values = kv.keys[0].data_ptr(), kv.values[0].data_ptr()
         model.kv_stride, model.page_size = kv.layer_stride, kv.page_size
         needed = self._library.workspace_floats(byref(model), byref(step))
@@ -61,7 +61,7 @@ class CpuLayers:
         step.workspace = self._workspace.data_ptr()
         if self._library.run_layers(byref(model), byref(step), torch.get_num_threads()):
             raise MemoryError("no memory for a step's attention scores or quantised rows")
-        return out_TH
+        return out_RH
 
     @property
     def adapter_bytes(self) -> int:
@@ -87,7 +87,7 @@ def _matrix(linear: Linear) -> Matrix:
 
 def _step(
     x_TH: Tensor,
-    out_TH: Tensor,
+    out_RH: Tensor,
     cos_sin: tuple[Tensor, Tensor],
     batch: Batch,
     segments: Segments | None,
@@ -96,11 +96,13 @@ def _step(
     cos_TD, sin_TD = cos_sin
     step = Step(
         x=x_TH.data_ptr(),
-        out=out_TH.data_ptr(),
+        out=out_RH.data_ptr(),
         cosines=cos_TD.data_ptr(),
         sines=sin_TD.data_ptr(),
         slots=batch.kv_slot_T.data_ptr(),
+        wanted=batch.head_row_R.data_ptr(),
         rows=len(x_TH),
+        num_wanted=len(batch.head_row_R),
     )
     if batch.decode is not None:
         page_SP = batch.decode.page_SP

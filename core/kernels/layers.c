@@ -21,16 +21,18 @@ typedef struct {
     double eps;
 } model_t;
 
-/* One step. x is [rows, hidden] and is used up; out is [rows, hidden]. Decodes are rows
- * 0..num_decodes-1, prompts the rows of the spans. Without segments no row has an adapter. */
+/* One step. x is [rows, hidden] and is used up. Decodes are rows 0..num_decodes-1, prompts the rows
+ * of the spans. Without segments no row has an adapter. out is [num_wanted, hidden], of the rows
+ * that `wanted` names in ascending order. */
 typedef struct {
     float *x, *out, *workspace;
     const float *cosines, *sines;
     const int64_t *slots, *decode_pages, *decode_lengths, *prompt_pages;
     const span_t *spans;
     const segment_t *segments;
+    const int64_t *wanted;
     int64_t rows, num_decodes, decode_max_pages, num_spans, prompt_max_pages;
-    int64_t num_segments, inner_stride;
+    int64_t num_segments, inner_stride, num_wanted;
 } step_t;
 
 enum { QKV, OUT, GATE_UP, DOWN };
@@ -49,6 +51,7 @@ int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const lo
 
 typedef struct {
     float *normed, *wide, *mixed, *delta, *inner;
+    segment_t *segments;
     int64_t *segment_of;
 } room_t;
 
@@ -66,6 +69,7 @@ static int64_t divide(const model_t *m, const step_t *s, room_t *room) {
     const layer_t *layer = m->layers;
     float *at = s->workspace;
     int64_t rows = s->rows;
+    room->segments = (segment_t *)take(&at, s->num_segments * sizeof(segment_t) / sizeof(float));
     room->segment_of = (int64_t *)take(&at, rows * 2);
     room->normed = take(&at, rows * layer->qkv.in);
     room->wide = take(&at, rows * wider(layer->qkv.out, layer->gate_up.out));
@@ -80,10 +84,27 @@ int64_t workspace_floats(const model_t *m, const step_t *s) {
     return divide(m, s, &room);
 }
 
-static void name_segments(const step_t *s, int64_t *segment_of) {
-    for (int64_t t = 0; t < s->rows; t++) segment_of[t] = -1;
-    for (int64_t i = 0; i < s->num_segments; i++)
-        for (int64_t t = s->segments[i].start; t < s->segments[i].end; t++) segment_of[t] = i;
+static void name_segments(const room_t *room, int64_t num_segments, int64_t rows) {
+    for (int64_t t = 0; t < rows; t++) room->segment_of[t] = -1;
+    for (int64_t i = 0; i < num_segments; i++)
+        for (int64_t t = room->segments[i].start; t < room->segments[i].end; t++)
+            room->segment_of[t] = i;
+}
+
+/* Let only the wanted rows of x and mixed go on, behind each other. */
+static void keep_wanted(const step_t *s, const room_t *room, int64_t hidden, int64_t width) {
+    for (int64_t i = 0; i < s->num_wanted; i++) {
+        memmove(s->x + i * hidden, s->x + s->wanted[i] * hidden, hidden * sizeof(float));
+        memmove(room->mixed + i * width, room->mixed + s->wanted[i] * width, width * sizeof(float));
+    }
+    for (int64_t i = 0, before = 0; i < s->num_segments; i++) {
+        segment_t *segment = &room->segments[i];
+        while (before < s->num_wanted && s->wanted[before] < segment->start) before++;
+        segment->start = before;
+        while (before < s->num_wanted && s->wanted[before] < segment->end) before++;
+        segment->end = before;
+    }
+    name_segments(room, s->num_segments, s->num_wanted);
 }
 
 static int attend_all(const model_t *m, const step_t *s, const float *query, int64_t layer,
@@ -109,14 +130,17 @@ int run_layers(const model_t *m, const step_t *s, int num_threads) {
     float *normed = room.normed, *wide = room.wide, *mixed = room.mixed, *delta = room.delta;
     float eps = (float)m->eps;
     int failed = 0;
-    name_segments(s, room.segment_of);
+    if (s->num_segments)
+        memcpy(room.segments, s->segments, s->num_segments * sizeof(segment_t));
+    name_segments(&room, s->num_segments, rows);
     rms_norm(s->x, NULL, m->layers->input_norm, normed, rows, hidden, eps, num_threads);
     for (int64_t l = 0; l < m->num_layers; l++) {
         const layer_t *layer = &m->layers[l];
+        int is_last = l + 1 == m->num_layers;
         low_rank_t adds[4], *add[4];
         for (int i = 0; i < 4; i++) {
             int64_t first = first_projection[i];
-            adds[i] = (low_rank_t){s->segments, room.segment_of, m->outs + first, s->num_segments,
+            adds[i] = (low_rank_t){room.segments, room.segment_of, m->outs + first, s->num_segments,
                                    first_projection[i + 1] - first, l * NUM_PROJECTIONS + first,
                                    s->inner_stride, room.inner};
             add[i] = s->num_segments ? &adds[i] : NULL;
@@ -126,12 +150,15 @@ int run_layers(const model_t *m, const step_t *s, int num_threads) {
                          m->values + l * m->kv_stride, rows, m->num_heads, m->num_kv_heads,
                          m->head_dim, num_threads);
         failed |= attend_all(m, s, wide, l, layer->qkv.out, mixed, num_threads);
+        if (is_last) {
+            rows = s->num_wanted;
+            keep_wanted(s, &room, hidden, layer->o.in);
+        }
         failed |= multiply(&layer->o, mixed, delta, rows, add[OUT], num_threads);
         rms_norm(s->x, delta, layer->post_attention_norm, normed, rows, hidden, eps, num_threads);
         failed |= multiply(&layer->gate_up, normed, wide, rows, add[GATE_UP], num_threads);
         silu_mul(wide, mixed, rows, layer->down.in, num_threads);
         failed |= multiply(&layer->down, mixed, delta, rows, add[DOWN], num_threads);
-        int is_last = l + 1 == m->num_layers;
         rms_norm(s->x, delta, is_last ? m->last_norm : layer[1].input_norm,
                  is_last ? s->out : normed, rows, hidden, eps, num_threads);
     }

@@ -61,7 +61,7 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         *_all(c_void_p, "x out workspace cosines sines"),
-        *_all(c_void_p, "slots decode_pages decode_lengths prompt_pages spans segments"),
+        *_all(c_void_p, "slots decode_pages decode_lengths prompt_pages spans segments wanted"),
         *_all(c_int64, "rows num_decodes decode_max_pages num_spans prompt_max_pages"),
-        *_all(c_int64, "num_segments inner_stride"),
+        *_all(c_int64, "num_segments inner_stride num_wanted"),
     ]
