@@ -21,11 +21,10 @@ from core.kernels.build import load_library
 from core.kernels.cpu_layers import CpuLayers
 from core.kernels.int8_linear import Int8Linear
 from core.kernels.panel_linear import PanelLinear
-from core.linear import FrozenLinear, MakeLinear
 from core.model import LlamaModel
 from core.model_config import ModelConfig, read_model_config
 from core.torch_layers import TorchLayers
-from core.weights import ModelWeights, load_weights
+from core.weights import LinearMakers, ModelWeights, load_weights
 
 
 def load_engine(
@@ -43,8 +42,8 @@ def load_engine(
     _check_quantize(config, device, dtype)
     model_config = read_model_config(Path(path))
     library = _kernels(device, dtype) if config.compiled_kernels else None
-    make_linear, make_head = _linears(config, library)
-    weights = _load_weights(Path(path), model_config, device, dtype, make_linear, make_head)
+    makers = _makers(config, library)
+    weights = _load_weights(Path(path), model_config, device, dtype, makers)
     layers = (
         CpuLayers(model_config, weights, library) if library else TorchLayers(model_config, weights)
     )
@@ -56,15 +55,14 @@ def _load_weights(
     model_config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
-    make_linear: MakeLinear,
-    make_head: MakeLinear,
+    makers: LinearMakers,
 ) -> ModelWeights:
     """On the CPU in a thread that ends with it, since packing computes with several threads.
 
     OpenMP keeps a pool for each thread that has done so; with more pooled threads than cores
     (GNU's) they sleep between any two parallel loops of a step instead of spinning.
     """
-    arguments = path, model_config, device, dtype, make_linear, make_head
+    arguments = path, model_config, device, dtype, makers
     if device.type != "cpu":
         return load_weights(*arguments)
     with ThreadPoolExecutor(1, "load-weights") as passing:
@@ -76,16 +74,16 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> CDLL | None:
     return load_library() if device.type == "cpu" and dtype == torch.float32 else None
 
 
-def _linears(config: EngineConfig, library: CDLL | None) -> tuple[MakeLinear, MakeLinear]:
-    """What multiplies the layers' matrices, and what the head's."""
+def _makers(config: EngineConfig, library: CDLL | None) -> LinearMakers:
     if config.quantize != "none":
         int8 = TorchInt8Linear if library is None else partial(Int8Linear, library)
         precise = partial(int8, num_terms=2)  # inputs in 15 bits, which a head needs
-        return (int8 if config.quantize == "int8" else precise), precise
+        usual = int8 if config.quantize == "int8" else precise
+        return LinearMakers(usual, usual, precise)
     if library is None:
-        return FrozenLinear, FrozenLinear
+        return LinearMakers()
     panels = partial(PanelLinear, library)
-    return panels, panels
+    return LinearMakers(panels, partial(panels, in_halves=True), panels)
 
 
 def _check_quantize(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -55,14 +55,20 @@ class ModelWeights:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class LinearMakers:
+    """What packs which matrices."""
+
+    layers: MakeLinear = FrozenLinear
+    gate_up: MakeLinear = FrozenLinear
+    head: MakeLinear = FrozenLinear
+
+
 class _Checkpoint:
     """The tensors of a sharded or single-file checkpoint by name, read on demand."""
 
-    def __init__(
-        self, path: Path, device: torch.device, dtype: torch.dtype, make_linear: MakeLinear
-    ) -> None:
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._path, self._device, self._dtype = path, device, dtype
-        self.make_linear = make_linear
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
 
@@ -95,10 +101,10 @@ class _Checkpoint:
             )
         return tensor.to(device=self._device, dtype=self._dtype)
 
-    def fused(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> Linear:
+    def fused(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> Tensor:
         """Matrices with one input, concatenated along the output features."""
         parts = [self.read(name, shape) for name, shape in zip(names, shapes, strict=True)]
-        return self.make_linear(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def load_weights(
@@ -106,26 +112,28 @@ def load_weights(
     config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
-    make_linear: MakeLinear = FrozenLinear,
-    make_head: MakeLinear | None = None,
+    makers: LinearMakers = LinearMakers(),
 ) -> ModelWeights:
     """Read a model directory; fp32, fp16 and bf16 files are cast to `dtype`.
 
-    `make_head` None takes `make_linear` for the head too.
     Raises UnsupportedModelError for a tensor that is missing or has another shape.
     """
-    with _Checkpoint(path, device, dtype, make_linear) as checkpoint:
-        layers = tuple(_layer(checkpoint, config, index) for index in range(config.num_layers))
+    with _Checkpoint(path, device, dtype) as checkpoint:
+        layers = tuple(
+            _layer(checkpoint, config, index, makers) for index in range(config.num_layers)
+        )
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding = checkpoint.read("model.embed_tokens.weight", vocabulary)
         norm = checkpoint.read("model.norm.weight", (config.hidden_size,))
         tied = config.tie_word_embeddings
         head_VH = embedding if tied else checkpoint.read("lm_head.weight", vocabulary)
-        head = (make_head or make_linear)(head_VH)
+        head = makers.head(head_VH)
     return ModelWeights(embedding, layers, norm, head, _num_bytes(embedding, layers, norm, head))
 
 
-def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWeights:
+def _layer(
+    checkpoint: _Checkpoint, config: ModelConfig, index: int, makers: LinearMakers
+) -> LayerWeights:
     prefix = f"model.layers.{index}."
     blocks = {
         name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
@@ -135,12 +143,15 @@ def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWei
     def norm(name: str) -> Tensor:
         return checkpoint.read(f"{prefix}{name}.weight", (config.hidden_size,))
 
+    make = (makers.layers, makers.layers, makers.gate_up, makers.layers)
     qkv, o, gate_up, down = (
-        checkpoint.fused(
-            [f"{prefix}{blocks[name]}.{name}.weight" for name in names],
-            [config.projection_shape(name) for name in names],
+        make_linear(
+            checkpoint.fused(
+                [f"{prefix}{blocks[name]}.{name}.weight" for name in names],
+                [config.projection_shape(name) for name in names],
+            )
         )
-        for names in FUSED_PROJECTIONS
+        for make_linear, names in zip(make, FUSED_PROJECTIONS, strict=True)
     )
     return LayerWeights(
         norm("input_layernorm"), qkv, o, norm("post_attention_layernorm"), gate_up, down

@@ -41,3 +41,13 @@ static inline float exp_of_nonpositive(float x) {
     scale.i = ((int32_t)n + 127) << 23;
     return p * scale.f;
 }
+
+/* out = silu(gate) * up. */
+INLINE void silu_row(const float *restrict gate, const float *restrict up, float *restrict out,
+                     int64_t width) {
+    for (int64_t i = 0; i < width; i++) {
+        float e = exp_of_nonpositive(-fabsf(gate[i])); /* one side of the sigmoid, no overflow */
+        float sigmoid = (gate[i] < 0.0f ? e : 1.0f) / (1.0f + e);
+        out[i] = gate[i] * sigmoid * up[i];
+    }
+}

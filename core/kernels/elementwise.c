@@ -24,13 +24,8 @@ void rms_norm(float *x, const float *delta, const float *weight, float *out, int
 void silu_mul(const float *x, float *out, int64_t rows, int64_t width, int num_threads) {
 #pragma omp parallel for num_threads(threads_for(rows * width, num_threads))
     for (int64_t t = 0; t < rows; t++) {
-        const float *restrict gate = x + t * 2 * width, *restrict up = gate + width;
-        float *restrict ot = out + t * width;
-        for (int64_t i = 0; i < width; i++) {
-            float e = exp_of_nonpositive(-fabsf(gate[i])); /* one side of the sigmoid, no overflow */
-            float sigmoid = (gate[i] < 0.0f ? e : 1.0f) / (1.0f + e);
-            ot[i] = gate[i] * sigmoid * up[i];
-        }
+        const float *gate = x + t * 2 * width;
+        silu_row(gate, gate + width, out + t * width, width);
     }
 }
 

@@ -29,7 +29,8 @@ class Int8Linear(CompiledLinear):
         num_out, num_in = weight_OI.shape
         q_OI, scale_OG = quantise(weight_OI)
         panels_PKWQ, scale_PGW = _panels(q_OI), _scales(scale_OG)
-        matrix = Matrix(panels_PKWQ.data_ptr(), scale_PGW.data_ptr(), num_in, num_out, num_terms)
+        addresses = panels_PKWQ.data_ptr(), scale_PGW.data_ptr()
+        matrix = Matrix(*addresses, num_in, num_out, num_out // 2, num_terms)
         super().__init__(library, matrix, (panels_PKWQ, scale_PGW))
 
 

@@ -4,10 +4,11 @@
 #include <stdint.h>
 
 /* A frozen matrix [out, in], packed. `terms` is 0 for panels of fp32, else how many terms of 8 bits
- * an int8 matrix rounds its inputs to; `scales` is int8's. */
+ * an int8 matrix rounds its inputs to; `scales` is int8's. No panel of fp32 has outputs from both
+ * sides of `half`; without such a border it is `out`. */
 typedef struct {
     const void *panels, *scales;
-    int64_t in, out, terms;
+    int64_t in, out, half, terms;
 } matrix_t;
 
 /* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. */
@@ -44,8 +45,15 @@ typedef struct {
 int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const low_rank_t *adds,
              int num_threads);
 
+/* y[rows, out / 2] = silu(gate) * up of both halves of what `multiply` gives; `both` [rows, out] is
+ * room. */
+int multiply_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
+                   const low_rank_t *adds, int num_threads);
+
 void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
                      const low_rank_t *adds, int num_threads);
+void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
+                           const low_rank_t *adds, int num_threads);
 int multiply_int8(const matrix_t *w, const float *x, float *y, int64_t rows, int num_threads);
 void add_low_rank(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,
                   int64_t out, int num_threads);

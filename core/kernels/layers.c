@@ -49,6 +49,17 @@ int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const lo
     return 0;
 }
 
+int multiply_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
+                   const low_rank_t *adds, int num_threads) {
+    if (w->terms == 0) {
+        multiply_panels_gated(w, x, both, y, rows, adds, num_threads);
+        return 0;
+    }
+    int failed = multiply(w, x, both, rows, adds, num_threads);
+    silu_mul(both, y, rows, w->half, num_threads);
+    return failed;
+}
+
 typedef struct {
     float *normed, *wide, *mixed, *delta, *inner;
     segment_t *segments;
@@ -156,8 +167,8 @@ int run_layers(const model_t *m, const step_t *s, int num_threads) {
         }
         failed |= multiply(&layer->o, mixed, delta, rows, add[OUT], num_threads);
         rms_norm(s->x, delta, layer->post_attention_norm, normed, rows, hidden, eps, num_threads);
-        failed |= multiply(&layer->gate_up, normed, wide, rows, add[GATE_UP], num_threads);
-        silu_mul(wide, mixed, rows, layer->down.in, num_threads);
+        failed |= multiply_gated(&layer->gate_up, normed, wide, mixed, rows, add[GATE_UP],
+                                 num_threads);
         failed |= multiply(&layer->down, mixed, delta, rows, add[DOWN], num_threads);
         rms_norm(s->x, delta, is_last ? m->last_norm : layer[1].input_norm,
                  is_last ? s->out : normed, rows, hidden, eps, num_threads);

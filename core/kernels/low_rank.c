@@ -90,8 +90,7 @@ void expand_tile(const low_rank_t *adds, int64_t row, int64_t column, int64_t wi
     }
 }
 
-/* The lone rows are dealt to the threads in turns: the next row of this thread from `row` on. */
-static int64_t next_lone_row(const low_rank_t *adds, int64_t row, int64_t rows, int64_t *number) {
+int64_t next_lone_row(const low_rank_t *adds, int64_t row, int64_t rows, int64_t *number) {
     for (; row < rows; row++) {
         int64_t tile = row / TILE_ROWS * TILE_ROWS, left = rows - tile;
         if (adds->segment_of[row] < 0) continue;
@@ -118,21 +117,15 @@ INLINE void add_row(const float *restrict x, float *restrict y, const float *res
     }
 }
 
-void add_lone_rows(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,
-                   int64_t out) {
-    int64_t number = 0, row = -1;
-    while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows) {
-        const pair_t *pair = adds->segments[adds->segment_of[row]].pairs + adds->first;
-        const float *xt = x + row * in;
-        float *yt = y + row * out;
-        for (int64_t j = 0; j < adds->num_projections; yt += adds->outs[j++], pair++) {
-            int64_t r = 0, width = adds->outs[j];
-            float scale = (float)pair->scale;
-            for (; r + RANKS <= pair->rank; r += RANKS)
-                add_row(xt, yt, pair->a + r * in, pair->b + r * width, scale, in, width, RANKS);
-            for (; r < pair->rank; r++)
-                add_row(xt, yt, pair->a + r * in, pair->b + r * width, scale, in, width, 1);
-        }
+void add_lone_row(const low_rank_t *adds, int64_t row, const float *x, float *y, int64_t in) {
+    const pair_t *pair = adds->segments[adds->segment_of[row]].pairs + adds->first;
+    for (int64_t j = 0; j < adds->num_projections; y += adds->outs[j++], pair++) {
+        int64_t r = 0, out = adds->outs[j];
+        float scale = (float)pair->scale;
+        for (; r + RANKS <= pair->rank; r += RANKS)
+            add_row(x, y, pair->a + r * in, pair->b + r * out, scale, in, out, RANKS);
+        for (; r < pair->rank; r++)
+            add_row(x, y, pair->a + r * in, pair->b + r * out, scale, in, out, 1);
     }
 }
 
@@ -196,6 +189,8 @@ void add_low_rank(const low_rank_t *adds, const float *x, float *y, int64_t rows
                 expand_tile(adds, row, column, left < TILE_WIDTH ? left : TILE_WIDTH,
                             y + row * out + column, out);
         }
-        add_lone_rows(adds, x, y, rows, in, out);
+        int64_t number = 0, row = -1;
+        while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows)
+            add_lone_row(adds, row, x + row * in, y + row * out, in);
     }
 }

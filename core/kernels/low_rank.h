@@ -21,11 +21,14 @@ void shrink_tiles(const low_rank_t *adds, const float *x, int64_t rows, int64_t 
 void expand_tile(const low_rank_t *adds, int64_t row, int64_t column, int64_t width, float *y,
                  int64_t y_stride);
 
-/* Add everything to the lone rows of y[rows, out] that this thread sees to. */
-void add_lone_rows(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,
-                   int64_t out);
+/* Lone rows are dealt to the threads in turns: the first of this thread from `row` on, or `rows`.
+ * `number` counts them, from 0. */
+int64_t next_lone_row(const low_rank_t *adds, int64_t row, int64_t rows, int64_t *number);
 
-/* The factors that `add_lone_rows` is going to read in this thread, run by run. */
+/* Add everything to a lone row; x and y are where it begins. */
+void add_lone_row(const low_rank_t *adds, int64_t row, const float *x, float *y, int64_t in);
+
+/* The factors of this thread's lone rows, run by run. */
 typedef struct {
     const low_rank_t *adds;
     int64_t rows, in, row, piece, index;

@@ -16,16 +16,17 @@ from core.kernels.structs import Matrix
 
 
 class PanelLinear(CompiledLinear):
-    """A `CompiledLinear` in fp32."""
+    """A `CompiledLinear` in fp32; with `in_halves` no panel has outputs of both halves."""
 
-    def __init__(self, library: ctypes.CDLL, weight_OI: Tensor) -> None:
+    def __init__(self, library: ctypes.CDLL, weight_OI: Tensor, *, in_halves: bool = False) -> None:
         num_out, num_in = weight_OI.shape
-        library.panel_width.restype = c_int64
-        width = library.panel_width()
-        panels = torch.empty(-(-num_out // width) * num_in * width)
-        library.pack_panels.argtypes = [c_void_p] * 2 + [c_int64] * 2 + [c_int]
+        half = num_out // 2 if in_halves else num_out
+        library.packed_floats.argtypes, library.packed_floats.restype = [c_int64] * 3, c_int64
+        library.pack_panels.argtypes = [c_void_p] * 2 + [c_int64] * 3 + [c_int]
+        packed = torch.empty(library.packed_floats(num_in, half, num_out))
         weight_OI = weight_OI.contiguous()
-        library.pack_panels(
-            weight_OI.data_ptr(), panels.data_ptr(), num_in, num_out, torch.get_num_threads()
+        sizes = num_in, half, num_out, torch.get_num_threads()
+        library.pack_panels(weight_OI.data_ptr(), packed.data_ptr(), *sizes)
+        super().__init__(
+            library, Matrix(packed.data_ptr(), None, num_in, num_out, half, 0), (packed,)
         )
-        super().__init__(library, Matrix(panels.data_ptr(), None, num_in, num_out, 0), (panels,))

@@ -9,19 +9,41 @@
 #define NEAR_PASSES 2     /* with more, the next panel is fetched into the nearest cache */
 #define FACTOR_LINES 4    /* cache lines of factors in a lot */
 
-/* Outputs of a panel. */
-int64_t panel_width(void) { return TILE_WIDTH; }
+static int64_t panels_for(int64_t outs) { return (outs + TILE_WIDTH - 1) / TILE_WIDTH; }
 
-/* w is [out, in]; panels is [ceil(out / width), in, width], zeros beyond `out`. */
-void pack_panels(const float *w, float *panels, int64_t in, int64_t out, int num_threads) {
-    int64_t count = (out + TILE_WIDTH - 1) / TILE_WIDTH;
+static int64_t num_panels(int64_t half, int64_t out) {
+    return panels_for(half) + panels_for(out - half);
+}
+
+/* The outputs of a panel. */
+typedef struct {
+    int64_t start, width;
+} columns_t;
+
+static columns_t columns_of(int64_t panel, int64_t half, int64_t out) {
+    int64_t first = panels_for(half), end = panel < first ? half : out;
+    int64_t start = panel < first ? panel * TILE_WIDTH : half + (panel - first) * TILE_WIDTH;
+    return (columns_t){start, end - start < TILE_WIDTH ? end - start : TILE_WIDTH};
+}
+
+/* Floats that packing takes. */
+int64_t packed_floats(int64_t in, int64_t half, int64_t out) {
+    return num_panels(half, out) * in * TILE_WIDTH;
+}
+
+/* w is [out, in]; panels is [number, in, TILE_WIDTH], zeros beyond a panel's outputs. */
+void pack_panels(const float *w, float *panels, int64_t in, int64_t half, int64_t out,
+                 int num_threads) {
 #pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t i = 0; i < num_panels(half, out); i++) {
+        columns_t columns = columns_of(i, half, out);
         for (int64_t c = 0; c < TILE_WIDTH; c++) {
-            int64_t o = i * TILE_WIDTH + c;
+            const float *from = w + (columns.start + c) * in;
             float *to = panels + i * TILE_WIDTH * in + c;
-            for (int64_t k = 0; k < in; k++) to[k * TILE_WIDTH] = o < out ? w[o * in + k] : 0.0f;
+            for (int64_t k = 0; k < in; k++)
+                to[k * TILE_WIDTH] = c < columns.width ? from[k] : 0.0f;
         }
+    }
 }
 
 static int any_fills_tile(const low_rank_t *adds, int64_t rows) {
@@ -30,46 +52,120 @@ static int any_fills_tile(const low_rank_t *adds, int64_t rows) {
     return 0;
 }
 
-/* A panel is read from memory once and then used from the cache for all rows. With one pass over it
+static int has_lone_row(const low_rank_t *adds, int64_t row, int64_t rows) {
+    if (!adds || fills_tile(adds, row, rows)) return 0;
+    for (int64_t r = row; r < row + rows; r++)
+        if (adds->segment_of[r] >= 0) return 1;
+    return 0;
+}
+
+/* One thread's way through a product: all passes over a panel, then the next panel.
+ *
+ * A panel is read from memory once and then used from the cache for all rows. With one pass over it
  * its own next features are fetched ahead; with several, each pass fetches its share of the next
  * panel, so that memory is read all the time and not only in first passes. What adapters add to a
  * tile goes there while it is in the cache; the last passes fetch the factors of lone rows. */
+typedef struct {
+    const matrix_t *w;
+    const float *x;
+    const low_rank_t *adds;
+    int64_t rows, passes, lots, lines, distance;
+    coming_t coming;
+    int64_t floats_left, passes_left;
+} sweep_t;
+
+/* Begin, in all threads of a region. */
+static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
+                           const low_rank_t *adds) {
+    int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, threads = omp_get_num_threads();
+    sweep_t s = {w, x, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
+    s.distance = TILE_WIDTH * (passes > 1 ? w->in : FEATURES_AHEAD);
+    s.lines = passes ? (TILE_STEP * TILE_WIDTH / LINE + passes - 1) / passes : 0;
+    s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
+    s.passes_left = (num_panels(w->half, w->out) + threads - 1) / threads * passes;
+    if (adds && any_fills_tile(adds, rows)) shrink_tiles(adds, x, rows, w->in);
+    return s;
+}
+
+/* Pass number `pass` over a panel, TILE_ROWS rows; `y` is where its columns of the first begin. */
+static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t y_stride) {
+    int64_t in = s->w->in, r = pass * TILE_ROWS, lots = s->lots;
+    int64_t rows = s->rows - r < TILE_ROWS ? s->rows - r : TILE_ROWS;
+    int64_t room = lots * FACTOR_LINES * LINE; /* floats of factors that a pass can fetch */
+    const float *at = (const float *)s->w->panels + panel * TILE_WIDTH * in;
+    const float *next = at + s->distance + pass * lots * s->lines * LINE;
+    columns_t columns = columns_of(panel, s->w->half, s->w->out);
+    int is_needed = next < at + s->distance + TILE_WIDTH * in;
+    ahead_t panels = {next, is_needed ? s->lines : 0, s->passes > NEAR_PASSES}, factors = NOTHING;
+    if (s->floats_left && s->passes_left-- * room < s->floats_left + 2 * room) {
+        int64_t floats = next_coming(&s->coming, room, &factors.at);
+        factors.lines = (floats + lots * LINE - 1) / (lots * LINE);
+        s->floats_left -= floats;
+    }
+    multiply_rows(s->x + r * in, in, at, y, y_stride, in, rows, columns.width, panels, factors);
+    if (s->adds && fills_tile(s->adds, r, rows))
+        expand_tile(s->adds, r, columns.start, columns.width, y, y_stride);
+}
+
 void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
                      const low_rank_t *adds, int num_threads) {
-    int64_t in = w->in, out = w->out, count = (out + TILE_WIDTH - 1) / TILE_WIDTH;
-    int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, lots = (in + TILE_STEP - 1) / TILE_STEP;
-    int64_t distance = TILE_WIDTH * (passes > 1 ? in : FEATURES_AHEAD);
-    int64_t lines = passes ? (TILE_STEP * TILE_WIDTH / LINE + passes - 1) / passes : 0;
-    int64_t room = lots * FACTOR_LINES * LINE; /* floats of factors that a pass can fetch */
+    int64_t in = w->in, out = w->out;
 #pragma omp parallel num_threads(num_threads)
     {
-        coming_t coming;
-        int64_t threads = omp_get_num_threads(), passes_left = (count + threads - 1) / threads * passes;
-        int64_t floats_left = adds ? begin_coming(&coming, adds, rows, in) : 0;
-        if (adds && any_fills_tile(adds, rows)) shrink_tiles(adds, x, rows, in);
+        sweep_t sweep = begin_sweep(w, x, rows, adds);
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < count; i++) {
-            const float *panel = (const float *)w->panels + i * TILE_WIDTH * in;
-            const float *next = panel + distance, *end = next + TILE_WIDTH * in;
-            int64_t column = i * TILE_WIDTH, left = out - column;
-            for (int64_t r = 0; r < rows; r += TILE_ROWS, next += lots * lines * LINE) {
-                int64_t tile = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
-                float *to = y + r * out + column;
-                ahead_t panels = {next, next < end ? lines : 0, passes > NEAR_PASSES};
-                ahead_t factors = NOTHING;
-                if (floats_left && passes_left-- * room < floats_left + 2 * room) {
-                    int64_t floats = next_coming(&coming, room, &factors.at);
-                    factors.lines = (floats + lots * LINE - 1) / (lots * LINE);
-                    floats_left -= floats;
+        for (int64_t i = 0; i < num_panels(w->half, out); i++)
+            for (int64_t p = 0; p < sweep.passes; p++)
+                pass_over(&sweep, i, p, y + p * TILE_ROWS * out + columns_of(i, w->half, out).start,
+                          out);
+        if (adds) {
+#pragma omp barrier
+            int64_t number = 0, row = -1;
+            while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows)
+                add_lone_row(adds, row, x + row * in, y + row * out, in);
+        }
+    }
+}
+
+/* Both halves of a tile are activated while they are in the cache; lone rows, which lack something
+ * then, when they have it. */
+void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
+                           const low_rank_t *adds, int num_threads) {
+    int64_t in = w->in, out = w->out, half = w->half, first = panels_for(half);
+#pragma omp parallel num_threads(num_threads)
+    {
+        sweep_t sweep = begin_sweep(w, x, rows, adds);
+        float gate[TILE_ROWS * TILE_WIDTH], up[TILE_ROWS * TILE_WIDTH];
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < first; i++) {
+            columns_t columns = columns_of(i, half, out);
+            for (int64_t p = 0; p < sweep.passes; p++) {
+                int64_t r = p * TILE_ROWS, tile = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+                float *to = both + r * out + columns.start;
+                if (has_lone_row(adds, r, tile)) {
+                    pass_over(&sweep, i, p, to, out);
+                    pass_over(&sweep, first + i, p, to + half, out);
+                    for (int64_t t = 0; t < tile; t++)
+                        if (adds->segment_of[r + t] < 0)
+                            silu_row(to + t * out, to + t * out + half,
+                                     y + (r + t) * half + columns.start, columns.width);
+                    continue;
                 }
-                multiply_rows(x + r * in, in, panel, to, out, in, tile, left, panels, factors);
-                if (adds && fills_tile(adds, r, tile))
-                    expand_tile(adds, r, column, left < TILE_WIDTH ? left : TILE_WIDTH, to, out);
+                pass_over(&sweep, i, p, gate, TILE_WIDTH);
+                pass_over(&sweep, first + i, p, up, TILE_WIDTH);
+                for (int64_t t = 0; t < tile; t++)
+                    silu_row(gate + t * TILE_WIDTH, up + t * TILE_WIDTH,
+                             y + (r + t) * half + columns.start, columns.width);
             }
         }
         if (adds) {
 #pragma omp barrier
-            add_lone_rows(adds, x, y, rows, in, out);
+            int64_t number = 0, row = -1;
+            while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows) {
+                float *to = both + row * out;
+                add_lone_row(adds, row, x + row * in, to, in);
+                silu_row(to, to + half, y + row * half, half);
+            }
         }
     }
 }

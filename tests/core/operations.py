@@ -15,7 +15,7 @@ from core.batch import AdapterRows, Batch
 from core.factors import PROJECTIONS
 from core.kernels.adapter_tables import AdapterTables
 from core.kernels.panel_linear import PanelLinear
-from core.kernels.structs import LowRank
+from core.kernels.structs import LowRank, Matrix
 from core.kv_storage import KVStorage
 from core.linear import FrozenLinear
 from core.model_config import ModelConfig
@@ -23,7 +23,31 @@ from core.torch_ops import rms_norm, rotate_and_store, silu_mul
 from core.weights import FUSED_PROJECTIONS
 
 Product = Callable[[int, int, Tensor, Tensor], Tensor]
-"""(layer, place in FUSED_PROJECTIONS, weight_OI, x_TI) → the product with all increments."""
+"""(layer, place in FUSED_PROJECTIONS, weight_OI, x_TI) → the product with all increments, which is
+activated where `Adding.activates` says so."""
+GATE_UP = 2
+
+
+def multiply_gated(
+    library: ctypes.CDLL, weight_OI: Tensor, x_TI: Tensor, adds: LowRank | None = None
+) -> Tensor:
+    """silu(gate) * up of the halves of the product."""
+    library.multiply_gated.argtypes = _SIGNATURES["multiply_gated"]
+    linear = PanelLinear(library, weight_OI, in_halves=True)
+    num_rows, num_out = len(x_TI), len(weight_OI)
+    # NaN shows where something is read that was not written.
+    both_TO, y_TI = (x_TI.new_full((num_rows, n), torch.nan) for n in (num_out, num_out // 2))
+    failed = library.multiply_gated(
+        byref(linear.matrix),
+        x_TI.data_ptr(),
+        both_TO.data_ptr(),
+        y_TI.data_ptr(),
+        num_rows,
+        None if adds is None else byref(adds),
+        torch.get_num_threads(),
+    )
+    assert not failed
+    return y_TI
 
 
 class TorchOperations:
@@ -54,6 +78,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "decode_attention": [c_void_p, c_int64] + [c_void_p] * 5 + [c_int64] * 6 + [c_int],
     "prompt_attention": [c_void_p, c_int64] + [c_void_p] * 5 + [c_int64] * 6 + [c_int],
     "add_low_rank": [POINTER(LowRank)] + [c_void_p] * 2 + [c_int64] * 3 + [c_int],
+    "multiply_gated": [POINTER(Matrix)] + [c_void_p] * 3 + [c_int64, POINTER(LowRank), c_int],
 }
 
 
@@ -127,6 +152,7 @@ class Adding(Protocol):
     """A way to multiply with the base's matrices and add what adapters add."""
 
     num_bytes: int
+    activates: bool
 
     def bind(self, rows: Sequence[AdapterRows]) -> Product | None: ...
 
@@ -135,6 +161,8 @@ class Adding(Protocol):
 
 class StackedAdding(AdapterSlots):
     """Torch's way."""
+
+    activates = False
 
     def bind(self, rows: Sequence[AdapterRows]) -> Product | None:  # type: ignore[override]
         binding = super().bind(rows)
@@ -150,10 +178,11 @@ class StackedAdding(AdapterSlots):
 
 
 class KernelAdding(AdapterTables):
-    """The kernels' way: within the product of panels, or after a product."""
+    """The kernels' way: within the product of panels, as the engine has it, or after a product."""
 
     def __init__(self, config: ModelConfig, library: ctypes.CDLL, *, after: bool) -> None:
         super().__init__(config)
+        self.activates = not after
         library.add_low_rank.argtypes = _SIGNATURES["add_low_rank"]
         self._library, self._after = library, after
 
@@ -180,6 +209,8 @@ class KernelAdding(AdapterTables):
                 inner_stride=segments.inner_stride,
                 inner=inner_TR.data_ptr(),
             )
+            if self.activates and fused == GATE_UP:
+                return multiply_gated(self._library, weight_OI, x_TI, adds)
             linear = PanelLinear(self._library, weight_OI)
             if not self._after:
                 return linear(x_TI, adds)

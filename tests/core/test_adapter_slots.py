@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from operations import Adding, KernelAdding, StackedAdding
+from operations import GATE_UP, Adding, KernelAdding, StackedAdding
 from tiny_models import random_factors, write_tiny_llama
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from core.batch import AdapterRows
 from core.factors import AdapterFactors, ModuleKey
 from core.kernels.build import load_library
 from core.model_config import ModelConfig, read_model_config
+from core.torch_ops import silu_mul
 from core.weights import FUSED_PROJECTIONS
 
 CPU = torch.device("cpu")
@@ -33,7 +34,9 @@ class Held:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    return read_model_config(write_tiny_llama(tmp_path_factory.mktemp("slots") / "m"))
+    return read_model_config(
+        write_tiny_llama(tmp_path_factory.mktemp("slots") / "m", intermediate_size=100)
+    )
 
 
 def slow_add(
@@ -75,6 +78,8 @@ def check_all_modules(
             weight_OI = torch.randn(num_out, num_in, generator=generator).to(dtype)
             base_TO = x_TI.double() @ weight_OI.double().T
             expected = slow_add(config, rows, layer, fused, x_TI, base_TO)
+            if adding.activates and fused == GATE_UP:
+                base_TO, expected = silu_mul(base_TO), silu_mul(expected)
             with torch.inference_mode():
                 y_TO = product(layer, fused, weight_OI, x_TI).double()
             bound = 1e-5 if dtype == torch.float32 else 2e-2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_forms import load_form
-from operations import KernelOperations, TorchOperations
+from operations import KernelOperations, TorchOperations, multiply_gated
 from tiny_models import write_tiny_llama
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from core.model_config import ModelConfig, read_model_config
 from core.requests import GenerationRequest, SamplingParams
 from core.sequence import Chunk, Sequence
 from core.torch_layers import TorchLayers
+from core.torch_ops import silu_mul
 
 CPU = torch.device("cpu")
 SHAPES = {  # heads, key heads, head_dim
@@ -200,6 +201,19 @@ def test_panels(num_out: int, num_in: int, formed: ctypes.CDLL) -> None:
         assert_near(linear(x_TI), expected.float(), relative=3e-6)
     assert linear(noise(0, num_in)).shape == (0, num_out)
     assert linear.num_bytes >= weight_OI.nbytes and not linear.shares_storage_with(weight_OI)
+
+
+@pytest.mark.parametrize("width", [1, 47, 48, 100])
+def test_gated_panels(width: int, formed: ctypes.CDLL) -> None:
+    """Halves that fill panels and halves that don't, against fp64."""
+    weight_OI = noise(2 * width, 33, seed=1)
+    for num_rows in (0, 1, 2, 5, 6, 7, 8, 9, 16, 40):
+        x_TI = noise(num_rows, 33, seed=num_rows)
+        own = multiply_gated(formed, weight_OI, x_TI)
+        assert own.shape == (num_rows, width)
+        if num_rows:
+            expected = silu_mul(x_TI.double() @ weight_OI.double().T)
+            assert_near(own, expected.float(), relative=3e-6)
 
 
 def test_an_engine_without_compiled_kernels_uses_torch(
