@@ -59,7 +59,7 @@ dot_16_keys(const vec_t *q, const float *key, int64_t stride, const int vecs) {
  * the products of the present one: a burst would keep the core from computing. */
 INLINE void fetch_rows(const float *row, int64_t rows, int64_t dim, int64_t kv_width) {
     for (int64_t l = 0; l < rows; l++, row += kv_width)
-        for (int64_t d = 0; d < dim; d += LINE) __builtin_prefetch(row + d, 0, 3);
+        for (int64_t d = 0; d < dim; d += LINE) __builtin_prefetch(row + d, 0, 2);
 }
 
 /* scores[g, l] = scale * (query[g] . key[l]); fastest where `dim` is a constant. `then` is read
