@@ -24,6 +24,7 @@ from core.loading import load_engine, resolve_placement
 from core.model_config import read_base_info
 from core.requests import FinishReason, GenerationRequest, RequestOutput
 from serving.cluster.engine_wire import GenerateResult, decode_call, encode, join_outputs, to_wire
+from serving.cluster.garbage import set_loaded_objects_aside
 from serving.cluster.token_channel import TokenSender
 from serving.engine_client import EngineDiedError
 from serving.metrics import AdapterLabels, EngineMetrics, EngineState
@@ -62,6 +63,7 @@ class EngineReplica:
         self._metrics = EngineMetrics(labels, self._state)
         self._thread = EngineThread(load_engine(model, config, self._cache), self._on_step)
         self._cache.set_on_ready(self._thread.wake)
+        set_loaded_objects_aside()
         self._thread.start()
 
     async def generate(self, data: bytes) -> bytes:

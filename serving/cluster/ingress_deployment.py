@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from core.model_config import read_base_info
 from serving.cluster.engine_deployment import replica_name
+from serving.cluster.garbage import set_loaded_objects_aside
 from serving.cluster.http_server import HttpServer
 from serving.cluster.ray_engine_client import RayEngineClient
 from serving.cluster.token_channel import TokenReceiver
@@ -62,6 +63,7 @@ class IngressReplica:
             shares_port=settings.num_ingress_replicas > 1,
             stop_seconds=_STOP_SECONDS,
         )
+        set_loaded_objects_aside()
         await self._http.start()
 
     async def metric_page(self) -> tuple[str, Page]:
