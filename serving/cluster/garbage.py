@@ -9,7 +9,7 @@ def set_loaded_objects_aside() -> None:
     """Never look again at what is loaded by now; for the end of a replica's start.
 
     A full collection looks at every object while nothing else runs, mostly at those of imported
-    libraries, which stay: 170 ms in the engine's process, a gap in every stream.
+    libraries, which stay: about 200 ms in the engine's process, a gap in every stream.
     """
     gc.collect()
     gc.freeze()
