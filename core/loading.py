@@ -16,6 +16,7 @@ from core.engine import Engine
 from core.engine_config import EngineConfig
 from core.errors import InvalidRequestError
 from core.factors import FactorSource
+from core.huge_pages import Arena
 from core.int8 import TorchInt8Linear
 from core.kernels.build import load_library
 from core.kernels.cpu_layers import CpuLayers
@@ -75,14 +76,15 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> CDLL | None:
 
 
 def _makers(config: EngineConfig, library: CDLL | None) -> LinearMakers:
+    arena = Arena()
     if config.quantize != "none":
-        int8 = TorchInt8Linear if library is None else partial(Int8Linear, library)
+        int8 = TorchInt8Linear if library is None else partial(Int8Linear, library, arena)
         precise = partial(int8, num_terms=2)  # inputs in 15 bits, which a head needs
         usual = int8 if config.quantize == "int8" else precise
         return LinearMakers(usual, usual, precise)
     if library is None:
         return LinearMakers()
-    panels = partial(PanelLinear, library)
+    panels = partial(PanelLinear, library, arena)
     return LinearMakers(panels, partial(panels, in_halves=True), panels)
 
 

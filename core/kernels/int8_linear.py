@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.huge_pages import Arena
 from core.int8 import quantise
 from core.kernels.compiled_linear import CompiledLinear
 from core.kernels.structs import Matrix
@@ -20,15 +21,17 @@ _WIDTH, _QUAD, _ZERO = 48, 4, 128  # as in int8.c
 
 
 class Int8Linear(CompiledLinear):
-    """A `CompiledLinear` in int8.
+    """A `CompiledLinear` in int8, packed into `arena`.
 
     With `num_terms` 2 the inputs are rounded to 15 bits instead of 8, for twice the work.
     """
 
-    def __init__(self, library: ctypes.CDLL, weight_OI: Tensor, *, num_terms: int = 1) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, arena: Arena, weight_OI: Tensor, *, num_terms: int = 1
+    ) -> None:
         num_out, num_in = weight_OI.shape
         q_OI, scale_OG = quantise(weight_OI)
-        panels_PKWQ, scale_PGW = _panels(q_OI), _scales(scale_OG)
+        panels_PKWQ, scale_PGW = arena.copy(_panels(q_OI)), arena.copy(_scales(scale_OG))
         addresses = panels_PKWQ.data_ptr(), scale_PGW.data_ptr()
         matrix = Matrix(*addresses, num_in, num_out, num_out // 2, num_terms)
         super().__init__(library, matrix, (panels_PKWQ, scale_PGW))

@@ -5,9 +5,7 @@
 
 #include <omp.h>
 
-#define FEATURES_AHEAD 24 /* how far before its use a panel is fetched when it is passed once */
-#define NEAR_PASSES 2     /* with more, the next panel is fetched into the nearest cache */
-#define FACTOR_LINES 4    /* cache lines of factors in a lot */
+#define FACTOR_LINES 4 /* cache lines of factors in a lot */
 
 static int64_t panels_for(int64_t outs) { return (outs + TILE_WIDTH - 1) / TILE_WIDTH; }
 
@@ -20,10 +18,11 @@ typedef struct {
     int64_t start, width;
 } columns_t;
 
+/* The panels of two halves stand in turns, as they are passed over. */
 static columns_t columns_of(int64_t panel, int64_t half, int64_t out) {
-    int64_t first = panels_for(half), end = panel < first ? half : out;
-    int64_t start = panel < first ? panel * TILE_WIDTH : half + (panel - first) * TILE_WIDTH;
-    return (columns_t){start, end - start < TILE_WIDTH ? end - start : TILE_WIDTH};
+    int halves = half < out ? 2 : 1;
+    int64_t start = panel / halves * TILE_WIDTH, left = half - start;
+    return (columns_t){panel % halves * half + start, left < TILE_WIDTH ? left : TILE_WIDTH};
 }
 
 /* Floats that packing takes. */
@@ -79,7 +78,7 @@ static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
                            const low_rank_t *adds) {
     int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, threads = omp_get_num_threads();
     sweep_t s = {w, x, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
-    s.distance = TILE_WIDTH * (passes > 1 ? w->in : FEATURES_AHEAD);
+    s.distance = TILE_WIDTH * (passes > 1 ? w->in * (w->half < w->out ? 2 : 1) : FEATURES_AHEAD);
     s.lines = passes ? (TILE_STEP * TILE_WIDTH / LINE + passes - 1) / passes : 0;
     s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
     s.passes_left = (num_panels(w->half, w->out) + threads - 1) / threads * passes;
@@ -96,13 +95,16 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
     const float *next = at + s->distance + pass * lots * s->lines * LINE;
     columns_t columns = columns_of(panel, s->w->half, s->w->out);
     int is_needed = next < at + s->distance + TILE_WIDTH * in;
-    ahead_t panels = {next, is_needed ? s->lines : 0, s->passes > NEAR_PASSES}, factors = NOTHING;
+    ahead_t panels = {next, is_needed ? s->lines : 0}, factors = NOTHING;
     if (s->floats_left && s->passes_left-- * room < s->floats_left + 2 * room) {
         int64_t floats = next_coming(&s->coming, room, &factors.at);
         factors.lines = (floats + lots * LINE - 1) / (lots * LINE);
         s->floats_left -= floats;
     }
-    multiply_rows(s->x + r * in, in, at, y, y_stride, in, rows, columns.width, panels, factors);
+    if (s->passes == 1 && rows <= STREAM_ROWS)
+        stream_rows(s->x, in, at, y, y_stride, in, rows, columns.width, factors);
+    else
+        multiply_rows(s->x + r * in, in, at, y, y_stride, in, rows, columns.width, panels, factors);
     if (s->adds && fills_tile(s->adds, r, rows))
         expand_tile(s->adds, r, columns.start, columns.width, y, y_stride);
 }
@@ -138,21 +140,21 @@ void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float
         float gate[TILE_ROWS * TILE_WIDTH], up[TILE_ROWS * TILE_WIDTH];
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < first; i++) {
-            columns_t columns = columns_of(i, half, out);
+            columns_t columns = columns_of(2 * i, half, out);
             for (int64_t p = 0; p < sweep.passes; p++) {
                 int64_t r = p * TILE_ROWS, tile = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
                 float *to = both + r * out + columns.start;
                 if (has_lone_row(adds, r, tile)) {
-                    pass_over(&sweep, i, p, to, out);
-                    pass_over(&sweep, first + i, p, to + half, out);
+                    pass_over(&sweep, 2 * i, p, to, out);
+                    pass_over(&sweep, 2 * i + 1, p, to + half, out);
                     for (int64_t t = 0; t < tile; t++)
                         if (adds->segment_of[r + t] < 0)
                             silu_row(to + t * out, to + t * out + half,
                                      y + (r + t) * half + columns.start, columns.width);
                     continue;
                 }
-                pass_over(&sweep, i, p, gate, TILE_WIDTH);
-                pass_over(&sweep, first + i, p, up, TILE_WIDTH);
+                pass_over(&sweep, 2 * i, p, gate, TILE_WIDTH);
+                pass_over(&sweep, 2 * i + 1, p, up, TILE_WIDTH);
                 for (int64_t t = 0; t < tile; t++)
                     silu_row(gate + t * TILE_WIDTH, up + t * TILE_WIDTH,
                              y + (r + t) * half + columns.start, columns.width);

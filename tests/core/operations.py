@@ -13,6 +13,7 @@ from core.adapter_slots import AdapterSlots
 from core.attention import attention
 from core.batch import AdapterRows, Batch
 from core.factors import PROJECTIONS
+from core.huge_pages import Arena
 from core.kernels.adapter_tables import AdapterTables
 from core.kernels.panel_linear import PanelLinear
 from core.kernels.structs import LowRank, Matrix
@@ -33,7 +34,7 @@ def multiply_gated(
 ) -> Tensor:
     """silu(gate) * up of the halves of the product."""
     library.multiply_gated.argtypes = _SIGNATURES["multiply_gated"]
-    linear = PanelLinear(library, weight_OI, in_halves=True)
+    linear = PanelLinear(library, Arena(), weight_OI, in_halves=True)
     num_rows, num_out = len(x_TI), len(weight_OI)
     # NaN shows where something is read that was not written.
     both_TO, y_TI = (x_TI.new_full((num_rows, n), torch.nan) for n in (num_out, num_out // 2))
@@ -211,7 +212,7 @@ class KernelAdding(AdapterTables):
             )
             if self.activates and fused == GATE_UP:
                 return multiply_gated(self._library, weight_OI, x_TI, adds)
-            linear = PanelLinear(self._library, weight_OI)
+            linear = PanelLinear(self._library, Arena(), weight_OI)
             if not self._after:
                 return linear(x_TI, adds)
             y_TO = linear(x_TI)

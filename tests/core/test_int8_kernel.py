@@ -8,6 +8,7 @@ from int8_reference import held, slow_rounded
 from kernel_forms import FORMS, load_form
 from torch import Tensor
 
+from core.huge_pages import Arena
 from core.int8 import BLOCK, TorchInt8Linear, quantise
 from core.kernels.int8_linear import Int8Linear
 from core.linear import Linear
@@ -21,7 +22,7 @@ def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "torch":
         return TorchInt8Linear
     library = load_form(request.param, tmp_path_factory.mktemp("int8"))
-    return lambda weight_OI, **options: Int8Linear(library, weight_OI, **options)
+    return lambda weight_OI, **options: Int8Linear(library, Arena(), weight_OI, **options)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

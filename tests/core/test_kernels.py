@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.batch import Batch, build_batch
 from core.engine_config import EngineConfig
+from core.huge_pages import Arena
 from core.kernels import build
 from core.kernels.panel_linear import PanelLinear
 from core.kv_storage import KVStorage
@@ -194,7 +195,7 @@ def test_attention_sees_nothing_of_later_or_foreign_places(config: ModelConfig, 
 def test_panels(num_out: int, num_in: int, formed: ctypes.CDLL) -> None:
     """Every remainder of rows and outputs, against fp64."""
     weight_OI = noise(num_out, num_in, seed=1)
-    linear = PanelLinear(formed, weight_OI)
+    linear = PanelLinear(formed, Arena(), weight_OI)
     for num_rows in (1, 2, 3, 4, 7, 8, 9, 15, 16, 40):
         x_TI = noise(num_rows, num_in, seed=num_rows)
         expected = x_TI.double() @ weight_OI.double().T
