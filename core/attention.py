@@ -40,7 +40,7 @@ def decode_attention(query_SND: Tensor, kv: KVStorage, layer: int, rows: DecodeR
         query_SKGD,
         key_SLKD.transpose(1, 2),
         value_SLKD.transpose(1, 2),
-        attn_mask=rows.visible_SL[:, None, None],
+        attn_mask=rows.visible_places[:, None, None],
     )
     return out_SKGD.flatten(1, 2)
 

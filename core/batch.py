@@ -9,10 +9,11 @@ them, L places in those pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, chain, groupby
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,17 @@ class DecodeRows:
 
     page_SP      int64, padded with the row's own first page
     length_S     int64, tokens to attend to (itself included)
-    visible_SL   bool, L = P * page_size: the places that lie before length_S
     """
 
     page_SP: Tensor
     length_S: Tensor
-    visible_SL: Tensor
+    page_size: int
+
+    @cached_property
+    def visible_places(self) -> Tensor:
+        """(S, L) bool, for torch's attention: which of L = P * page_size places are attended to."""
+        num_places = self.page_SP.shape[1] * self.page_size
+        return torch.arange(num_places, device=self.length_S.device) < self.length_S[:, None]
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,8 @@ def build_batch(
     """Lay the chunks of one step out as rows; `with_lengths` fills `length_T`."""
     ordered = sorted(chunks, key=lambda chunk: (chunk.num_tokens > 1, chunk.seq.digest or ""))
     num_decode = sum(chunk.num_tokens == 1 for chunk in ordered)
-    positions = [np.arange(chunk.start, chunk.end) for chunk in ordered]
-    tokens = [chunk.seq.token_ids[chunk.start : chunk.end] for chunk in ordered]
-    slots = [
-        _kv_slots(chunk, place, page_size) for chunk, place in zip(ordered, positions, strict=True)
-    ]
-    starts = np.cumsum([0, *(chunk.num_tokens for chunk in ordered)])
+    places = [_places(chunk, page_size) for chunk in ordered]
+    starts = list(accumulate((chunk.num_tokens for chunk in ordered), initial=0))
     head_rows, spans = _logit_rows(ordered, starts)
 
     def put(array: npt.NDArray[Any]) -> Tensor:
@@ -109,9 +111,9 @@ def build_batch(
 
     return Batch(
         chunks=tuple(ordered),
-        token_T=put(np.fromiter((t for part in tokens for t in part), np.int64, starts[-1])),
-        position_T=put(np.concatenate(positions)),
-        kv_slot_T=put(np.concatenate(slots)),
+        token_T=put(_joined(token_ids for token_ids, _, _ in places)),
+        position_T=put(_joined(positions for _, positions, _ in places)),
+        kv_slot_T=put(_joined(slots for _, _, slots in places)),
         tail_page_P=put(_tail_pages(ordered, page_size)),
         length_T=_rotary_lengths(ordered) if with_lengths else None,
         decode=_decode_rows(ordered[:num_decode], page_size, put) if num_decode else None,
@@ -126,9 +128,19 @@ def build_batch(
     )
 
 
-def _kv_slots(chunk: Chunk, positions: IntArray, page_size: int) -> IntArray:
-    pages = np.array(chunk.seq.pages)
-    return pages[positions // page_size] * page_size + positions % page_size
+def _places(chunk: Chunk, page_size: int) -> tuple[Seq[int], Seq[int], Seq[int]]:
+    """Token ids, positions and slots of a chunk; plain numbers, since most have one token."""
+    start, end, pages = chunk.start, chunk.end, chunk.seq.pages
+    slots: list[int] = []
+    for page in range(start // page_size, (end - 1) // page_size + 1):
+        first, last = max(start, page * page_size), min(end, (page + 1) * page_size)
+        offset = (pages[page] - page) * page_size
+        slots += range(offset + first, offset + last)
+    return chunk.seq.token_ids[start:end], range(start, end), slots
+
+
+def _joined(parts: Iterable[Iterable[int]]) -> IntArray:
+    return np.fromiter(chain.from_iterable(parts), np.int64)
 
 
 def _tail_pages(chunks: Seq[Chunk], page_size: int) -> IntArray:
@@ -151,17 +163,15 @@ def _rotary_lengths(chunks: Seq[Chunk]) -> list[int]:
 def _decode_rows(
     chunks: Seq[Chunk], page_size: int, put: Callable[[npt.NDArray[Any]], Tensor]
 ) -> DecodeRows:
-    pages = _pages(chunks)
     lengths = np.array([chunk.end for chunk in chunks])
-    visible = np.arange(pages.shape[1] * page_size) < lengths[:, None]
-    return DecodeRows(put(pages), put(lengths), put(visible))
+    return DecodeRows(put(_pages(chunks)), put(lengths), page_size)
 
 
 def _prompt_rows(
-    chunks: Seq[Chunk], starts: IntArray, put: Callable[[npt.NDArray[Any]], Tensor]
+    chunks: Seq[Chunk], starts: Seq[int], put: Callable[[npt.NDArray[Any]], Tensor]
 ) -> PromptRows:
     spans = tuple(
-        (int(start), int(start) + chunk.num_tokens, chunk.start, len(chunk.seq.pages))
+        (start, start + chunk.num_tokens, chunk.start, len(chunk.seq.pages))
         for chunk, start in zip(chunks, starts, strict=False)
     )
     return PromptRows(put(np.array(spans)[:, :3].copy()), put(_pages(chunks)), spans)
@@ -169,39 +179,37 @@ def _prompt_rows(
 
 def _pages(chunks: Seq[Chunk]) -> IntArray:
     """The pages of each chunk's sequence, padded with its first."""
-    num_pages = max(len(chunk.seq.pages) for chunk in chunks)
-    pages = np.empty((len(chunks), num_pages), dtype=np.int64)
-    for row, chunk in enumerate(chunks):
-        pages[row] = chunk.seq.pages[0]
-        pages[row, : len(chunk.seq.pages)] = chunk.seq.pages
-    return pages
+    pages = [chunk.seq.pages for chunk in chunks]
+    longest = max(map(len, pages))
+    return np.array([own + own[:1] * (longest - len(own)) for own in pages])
 
 
-def _adapter_rows(chunks: Seq[Chunk], starts: IntArray) -> tuple[AdapterRows, ...]:
+def _adapter_rows(chunks: Seq[Chunk], starts: Seq[int]) -> tuple[AdapterRows, ...]:
     rows = []
     for _, group in groupby(range(len(chunks)), key=lambda index: chunks[index].seq.digest):
         indices = list(group)
         first, last = indices[0], indices[-1]
-        rows.append(AdapterRows(chunks[first].seq.lease, int(starts[first]), int(starts[last + 1])))
+        rows.append(AdapterRows(chunks[first].seq.lease, starts[first], starts[last + 1]))
     return tuple(rows)
 
 
 def _logit_rows(
-    chunks: Seq[Chunk], starts: IntArray
+    chunks: Seq[Chunk], starts: Seq[int]
 ) -> tuple[IntArray, tuple[tuple[Chunk, int], ...]]:
     """All rows of chunks that want prompt logprobs, the last row of those that sample."""
-    rows: list[IntArray] = []
+    rows: list[int] = []
     spans: list[tuple[Chunk, int]] = []
     for chunk, start in zip(chunks, starts, strict=False):
         end = start + chunk.num_tokens
         if wants_prompt_logprobs(chunk):
-            rows.append(np.arange(start, end))
+            wanted = range(start, end)
         elif chunk.samples:
-            rows.append(np.array([end - 1]))
+            wanted = range(end - 1, end)
         else:
             continue
-        spans.append((chunk, len(rows[-1])))
-    return (np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)), tuple(spans)
+        rows += wanted
+        spans.append((chunk, len(wanted)))
+    return np.array(rows, dtype=np.int64), tuple(spans)
 
 
 def wants_prompt_logprobs(chunk: Chunk) -> bool:

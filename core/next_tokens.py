@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from math import isfinite
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def next_tokens(
 
     None for a sequence whose logits are not finite: factors may overflow in the forward.
     """
-    finite = logits_RV.amax(dim=-1).isfinite().tolist()
+    finite = [isfinite(largest) for largest in logits_RV.amax(dim=-1).tolist()]
     found: dict[Sequence, NextToken | None] = {}
     rows: list[int] = []
     seqs: list[Sequence] = []

@@ -49,7 +49,9 @@ class Rotary:
             inv_freq = torch.stack([self._inv_freq_for(n) for n in length_T])
         freqs = position_T[:, None].float() * inv_freq
         angles_TD = torch.cat((freqs, freqs), dim=-1)
-        cos, sin = angles_TD.cos() * self._scaling, angles_TD.sin() * self._scaling
+        cos, sin = angles_TD.cos(), angles_TD.sin()
+        if self._scaling != 1.0:
+            cos, sin = cos * self._scaling, sin * self._scaling
         return cos.to(self._dtype), sin.to(self._dtype)
 
     def _inv_freq_for(self, length: int) -> Tensor:

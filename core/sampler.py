@@ -24,15 +24,12 @@ from core.sequence import Sequence
 def sample(logits_RV: Tensor, seqs: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[int]:
     """The next token of each sequence from its row of logits."""
     rows = _adjusted(logits_RV, seqs, eos_token_ids)
-    tokens: list[int] = rows.argmax(dim=-1).tolist()
+    tokens = _largest(rows)
     # Apart, since sorting gives a token another share of the unit interval: what other rows of
     # the batch ask for must not change what this one draws.
-    for filtered in (False, True):
-        random = [
-            index
-            for index, seq in enumerate(seqs)
-            if seq.request.sampling.temperature > 0 and _is_filtered(seq) == filtered
-        ]
+    all_random = [i for i, seq in enumerate(seqs) if seq.request.sampling.temperature > 0]
+    for filtered in (False, True) if all_random else ():
+        random = [index for index in all_random if _is_filtered(seqs[index]) == filtered]
         if random:
             own_seqs = [seqs[index] for index in random]
             picked = _sample_random(rows[random].float(), own_seqs, filtered=filtered)
@@ -66,6 +63,14 @@ def uniform(seed: int, place: int) -> float:
     digest = blake2b(f"{seed}:{place}".encode(), digest_size=8).digest()
     # 52 bits: times any total it stays below that total, so no tail of probability 0 is hit.
     return (int.from_bytes(digest, "little") >> 12) / (1 << 52)
+
+
+def _largest(logits_RV: Tensor) -> list[int]:
+    """The first token with the largest logit of each row."""
+    if logits_RV.device.type == "cpu" and logits_RV.dtype == torch.float32:
+        # NumPy's is 6 times faster than torch's: 0.05 instead of 0.33 ms for 16 rows of 49,152.
+        return [int(token) for token in logits_RV.numpy().argmax(axis=-1)]
+    return [int(token) for token in logits_RV.argmax(dim=-1).tolist()]
 
 
 def _adjusted(logits_RV: Tensor, seqs: Seq[Sequence], eos_token_ids: frozenset[int]) -> Tensor:
