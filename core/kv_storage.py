@@ -5,10 +5,12 @@ Shape legend: P pages, K key and value heads, D head dimension.
 
 from __future__ import annotations
 
-import numpy as np
+from math import prod
+
 import torch
 from torch import Tensor
 
+from core import huge_pages
 from core.model_config import ModelConfig
 
 
@@ -58,8 +60,7 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros; on the CPU from calloc, so that pages never used take no memory."""
+    """Zeros; on the CPU written at once, so that no request waits for the system to find memory."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    count = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
+    return huge_pages.empty(prod(shape) * dtype.itemsize).zero_().view(dtype).view(shape)
