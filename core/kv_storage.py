@@ -63,4 +63,6 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
     """Zeros; on the CPU written at once, so that no request waits for the system to find memory."""
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
-    return huge_pages.empty(prod(shape) * dtype.itemsize).zero_().view(dtype).view(shape)
+    room = huge_pages.empty(prod(shape) * dtype.itemsize)
+    room.numpy().fill(0)  # torch would start a pool of threads here (`loading._load_weights`)
+    return room.view(dtype).view(shape)
