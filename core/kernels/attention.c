@@ -55,44 +55,47 @@ dot_16_keys(const vec_t *q, const float *key, int64_t stride, const int vecs) {
 }
 #endif
 
-/* Fetch `rows` rows of a page that is used next. Its lines are asked for a few at a time between
- * the products of the present one: a burst would keep the core from computing. */
-INLINE void fetch_rows(const float *row, int64_t rows, int64_t dim, int64_t kv_width) {
-    for (int64_t l = 0; l < rows; l++, row += kv_width)
-        for (int64_t d = 0; d < dim; d += LINE) __builtin_prefetch(row + d, 0, 2);
+/* Where the page lies that is used next, and the floats from one piece of it, `dim` long, to the
+ * next. Its pieces are asked for a few at a time between the products of the present page, as many
+ * as that has: a burst would keep the core from computing. */
+typedef struct {
+    const float *at;
+    int64_t step;
+} next_t;
+
+INLINE void fetch(next_t next, int64_t first, int64_t last, int64_t dim) {
+    const float *piece = next.at + first * next.step;
+    for (; first < last; first++, piece += next.step)
+        for (int64_t d = 0; d < dim; d += LINE) __builtin_prefetch(piece + d, 0, 2);
 }
 
-/* scores[g, l] = scale * (query[g] . key[l]); fastest where `dim` is a constant. `then` is read
- * after the last page. */
+/* scores[g, l] = scale * (query[g] . key[l]) for the keys of one page; fastest where `dim` is a
+ * constant. */
 INLINE void
-score_keys(const float *restrict query, const float *restrict keys, const int64_t *restrict pages,
-           int64_t length, int64_t page_size, int64_t group, const int64_t dim, int64_t kv_width,
-           float scale, float *restrict scores, const float *then) {
-    for (int64_t start = 0; start < length; start += page_size) {
-        const float *restrict key = keys + *pages++ * page_size * kv_width;
-        int64_t end = start + page_size < length ? start + page_size : length, l = start;
-        const float *next = end < length ? keys + *pages * page_size * kv_width : then;
+score_keys(const float *restrict query, const float *restrict key, int64_t length, int64_t group,
+           const int64_t dim, int64_t kv_width, float scale, float *restrict scores,
+           int64_t score_stride, next_t next) {
+    int64_t l = 0;
 #ifdef __AVX512F__
-        if (__builtin_constant_p(dim))
-            for (; l + 16 <= end; l += 16, key += 16 * kv_width)
-                for (int64_t g = 0; g < group; g++) {
-                    int64_t row = l - start + 16 * g / group, last = l - start + 16 * (g + 1) / group;
-                    fetch_rows(next + row * kv_width, last - row, dim, kv_width);
-                    vec_t q[8];
-#pragma GCC unroll 8
-                    for (int v = 0; v < dim / VEC; v++)
-                        q[v] = *(const vec_t *)(query + g * dim + v * VEC) * scale;
-                    *(vec_t *)(scores + g * length + l) = dot_16_keys(q, key, kv_width, dim / VEC);
-                }
-#endif
-        for (; l < end; l++, key += kv_width) {
-            fetch_rows(next + (l - start) * kv_width, 1, dim, kv_width);
+    if (__builtin_constant_p(dim))
+        for (; l + 16 <= length; l += 16, key += 16 * kv_width)
             for (int64_t g = 0; g < group; g++) {
-                const float *restrict q = query + g * dim;
-                float sum = 0.0f;
-                for (int64_t d = 0; d < dim; d++) sum += q[d] * key[d];
-                scores[g * length + l] = sum * scale;
+                fetch(next, l + 16 * g / group, l + 16 * (g + 1) / group, dim);
+                vec_t q[8];
+#pragma GCC unroll 8
+                for (int v = 0; v < dim / VEC; v++)
+                    q[v] = *(const vec_t *)(query + g * dim + v * VEC) * scale;
+                *(vec_t *)(scores + g * score_stride + l) =
+                    dot_16_keys(q, key, kv_width, dim / VEC);
             }
+#endif
+    for (; l < length; l++, key += kv_width) {
+        fetch(next, l, l + 1, dim);
+        for (int64_t g = 0; g < group; g++) {
+            const float *restrict q = query + g * dim;
+            float sum = 0.0f;
+            for (int64_t d = 0; d < dim; d++) sum += q[d] * key[d];
+            scores[g * score_stride + l] = sum * scale;
         }
     }
 }
@@ -108,30 +111,24 @@ static void softmax(float *restrict row, int64_t length) {
     for (int64_t l = 0; l < length; l++) row[l] *= share;
 }
 
-/* out[g, :vecs] = sum over l of scores[g, l] * value[l, :vecs]; `group` and `vecs` are constants,
+/* out[g, :vecs] += sum over l of scores[g, l] * value[l, :vecs]; `group` and `vecs` are constants,
  * so that all sums stay in registers. */
 INLINE void
-mix_tile(const float *restrict values, const int64_t *restrict pages, int64_t length,
-         int64_t page_size, const int group, const int vecs, int64_t kv_width,
-         const float *restrict scores, int64_t score_stride, float *restrict out,
-         int64_t out_stride) {
+mix_tile(const float *restrict value, int64_t length, const int group, const int vecs,
+         int64_t kv_width, const float *restrict scores, int64_t score_stride,
+         float *restrict out, int64_t out_stride, next_t next) {
     vec_t sums[GROUP][VECS];
 #pragma GCC unroll 4
     for (int g = 0; g < group; g++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) sums[g][v] = (vec_t){0.0f};
-    for (int64_t start = 0; start < length; start += page_size) {
-        const float *restrict value = values + *pages++ * page_size * kv_width;
-        int64_t end = start + page_size < length ? start + page_size : length;
-        const float *next = end < length ? values + *pages * page_size * kv_width : value;
-        for (int64_t l = start; l < end; l++, value += kv_width, next += kv_width) {
-            fetch_rows(next, 1, vecs * VEC, kv_width);
+        for (int v = 0; v < vecs; v++) sums[g][v] = *(vec_t *)(out + g * out_stride + v * VEC);
+    for (int64_t l = 0; l < length; l++, value += kv_width) {
+        fetch(next, l, l + 1, vecs * VEC);
 #pragma GCC unroll 4
-            for (int g = 0; g < group; g++)
+        for (int g = 0; g < group; g++)
 #pragma GCC unroll 4
-                for (int v = 0; v < vecs; v++)
-                    sums[g][v] += scores[g * score_stride + l] * *(const vec_t *)(value + v * VEC);
-        }
+            for (int v = 0; v < vecs; v++)
+                sums[g][v] += scores[g * score_stride + l] * *(const vec_t *)(value + v * VEC);
     }
 #pragma GCC unroll 4
     for (int g = 0; g < group; g++)
@@ -140,33 +137,32 @@ mix_tile(const float *restrict values, const int64_t *restrict pages, int64_t le
 }
 
 INLINE void
-mix_group(const float *values, const int64_t *pages, int64_t length, int64_t page_size,
-          const int group, int64_t dim, int64_t kv_width, const float *scores,
-          int64_t score_stride, float *out, int64_t out_stride) {
+mix_group(const float *value, int64_t length, const int group, int64_t dim, int64_t kv_width,
+          const float *scores, int64_t score_stride, float *out, int64_t out_stride,
+          next_t next) {
     int64_t d = 0;
     for (; d + VECS * VEC <= dim; d += VECS * VEC)
-        mix_tile(values + d, pages, length, page_size, group, VECS, kv_width, scores,
-                 score_stride, out + d, out_stride);
+        mix_tile(value + d, length, group, VECS, kv_width, scores, score_stride, out + d,
+                 out_stride, (next_t){next.at + d, next.step});
     for (; d + VEC <= dim; d += VEC)
-        mix_tile(values + d, pages, length, page_size, group, 1, kv_width, scores,
-                 score_stride, out + d, out_stride);
+        mix_tile(value + d, length, group, 1, kv_width, scores, score_stride, out + d, out_stride,
+                 (next_t){next.at + d, next.step});
     for (; d < dim; d++)
         for (int g = 0; g < group; g++) {
-            float sum = 0.0f;
+            float sum = out[g * out_stride + d];
             for (int64_t l = 0; l < length; l++)
-                sum += scores[g * score_stride + l] *
-                       values[(pages[l / page_size] * page_size + l % page_size) * kv_width + d];
+                sum += scores[g * score_stride + l] * value[l * kv_width + d];
             out[g * out_stride + d] = sum;
         }
 }
 
-/* out[g] = scores[g] times the values, for any number of rows of scores. */
-static void mix(const float *values, const int64_t *pages, int64_t length, int64_t page_size,
-                int64_t group, int64_t dim, int64_t kv_width, const float *scores,
-                int64_t score_stride, float *out, int64_t out_stride) {
-#define MIX(n)                                                                               \
-    mix_group(values, pages, length, page_size, n, dim, kv_width, scores + g * score_stride, \
-              score_stride, out + g * out_stride, out_stride)
+/* out[g] += scores[g] times the values of one page, for any number of rows of scores. */
+static void mix(const float *value, int64_t length, int64_t group, int64_t dim, int64_t kv_width,
+                const float *scores, int64_t score_stride, float *out, int64_t out_stride,
+                next_t next) {
+#define MIX(n)                                                                                \
+    mix_group(value, length, n, dim, kv_width, scores + g * score_stride, score_stride,       \
+              out + g * out_stride, out_stride, next)
     int64_t g = 0;
     for (; g + GROUP <= group; g += GROUP) MIX(GROUP);
     if (group - g == 3)
@@ -176,23 +172,67 @@ static void mix(const float *values, const int64_t *pages, int64_t length, int64
 #undef MIX
 }
 
-/* The query heads of one key head, of one row: out = softmax(q k^T * scale) v over its pages. */
-static void attend(const float *query, const float *keys, const float *values,
-                   const int64_t *pages, int64_t length, int64_t page_size, int64_t group,
-                   int64_t dim, int64_t kv_width, float scale, float *scores, float *out) {
-    const float *then = values + *pages * page_size * kv_width;
-#define SCORE(d) \
-    score_keys(query, keys, pages, length, page_size, group, d, kv_width, scale, scores, then)
-    if (dim == 64)
-        SCORE(64);
-    else if (dim == 128)
-        SCORE(128);
-    else
-        SCORE(dim);
-#undef SCORE
-    for (int64_t g = 0; g < group; g++) softmax(scores + g * length, length);
-    mix(values, pages, length, page_size, group, dim, kv_width, scores, length, out, dim);
+/* Keys or values of `num_heads` heads in the pages of one row. */
+typedef struct {
+    const float *base;
+    const int64_t *pages;
+    int64_t length, page_size, num_heads, dim, kv_width;
+} paged_t;
+
+static const float *page_of(const paged_t *paged, int64_t start) {
+    return paged->base + paged->pages[start / paged->page_size] * paged->page_size * paged->kv_width;
 }
+
+/* How many places of the page that begins at `start` are the row's. */
+static int64_t places_in(const paged_t *paged, int64_t start) {
+    int64_t left = paged->length - start;
+    return left < paged->page_size ? left : paged->page_size;
+}
+
+/* What head `head` fetches of the page that begins at `start`; beyond the last one, of that. All
+ * heads of a row fetch a page in its order, one alone its own pieces. */
+static next_t next_page(const paged_t *paged, int64_t start, int64_t head) {
+    int64_t last = (paged->length - 1) / paged->page_size * paged->page_size;
+    const float *page = page_of(paged, start < last ? start : last);
+    if (paged->num_heads == 1) return (next_t){page, paged->kv_width};
+    return (next_t){page + head * paged->page_size * paged->dim, paged->dim};
+}
+
+/* The query heads of some key heads, of one row: out = softmax(q k^T * scale) v over its pages. All
+ * these heads pass over a page together, so that memory is read in its order. */
+static void attend(const float *query, const paged_t *keys, const paged_t *values, int64_t group,
+                   float *scores, float *out) {
+    int64_t dim = keys->dim, length = keys->length, num_heads = keys->num_heads * group;
+    float scale = 1.0f / sqrtf((float)dim);
+    for (int64_t l = 0; l < length; l += keys->page_size) {
+        const float *page = page_of(keys, l);
+        int64_t places = places_in(keys, l), after = l + keys->page_size;
+        for (int64_t h = 0; h < keys->num_heads; h++) {
+            next_t next = after < length ? next_page(keys, after, h) : next_page(values, 0, h);
+#define SCORE(d)                                                                              \
+    score_keys(query + h * group * dim, page + h * dim, places, group, d, keys->kv_width,     \
+               scale, scores + h * group * length + l, length, next)
+            if (dim == 64)
+                SCORE(64);
+            else if (dim == 128)
+                SCORE(128);
+            else
+                SCORE(dim);
+#undef SCORE
+        }
+    }
+    for (int64_t h = 0; h < num_heads; h++) softmax(scores + h * length, length);
+    memset(out, 0, num_heads * dim * sizeof(float));
+    for (int64_t l = 0; l < length; l += values->page_size) {
+        const float *page = page_of(values, l);
+        for (int64_t h = 0; h < values->num_heads; h++)
+            mix(page + h * dim, places_in(values, l), group, dim, values->kv_width,
+                scores + h * group * length + l, length, out + h * group * dim, dim,
+                next_page(values, l + values->page_size, h));
+    }
+}
+
+#define ROWS_PER_THREAD 2 /* with fewer, threads share rows */
 
 /* query[s] starts at query + s * query_stride; pages is [rows, max_pages]. Returns 0, or 1 when
  * there is no memory for the scores. */
@@ -206,18 +246,22 @@ int decode_attention(const float *query, int64_t query_stride, const float *keys
         total += lengths[s];
     }
     int used = threads_for(total * num_heads * dim, num_threads), failed = 0;
-    float scale = 1.0f / sqrtf((float)dim);
+    int64_t parts = rows < ROWS_PER_THREAD * used ? num_kv_heads : 1; /* of a row's heads */
+    int64_t heads = num_kv_heads / parts;
 #pragma omp parallel num_threads(used) reduction(| : failed)
     {
-        float *scores = malloc((size_t)(group * longest) * sizeof(float));
+        float *scores = malloc((size_t)(heads * group * longest) * sizeof(float));
         failed = scores == NULL;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < rows * num_kv_heads; item++) {
-            int64_t s = item / num_kv_heads, head = item % num_kv_heads;
+        for (int64_t item = 0; item < rows * parts; item++) {
+            int64_t s = item / parts, head = item % parts * heads;
+            paged_t of_keys = {keys + head * dim, pages + s * max_pages, lengths[s], page_size,
+                               heads,             dim,                   kv_width};
+            paged_t of_values = of_keys;
+            of_values.base = values + head * dim;
             if (scores)
-                attend(query + s * query_stride + head * group * dim, keys + head * dim,
-                       values + head * dim, pages + s * max_pages, lengths[s], page_size, group,
-                       dim, kv_width, scale, scores, out + (s * num_heads + head * group) * dim);
+                attend(query + s * query_stride + head * group * dim, &of_keys, &of_values, group,
+                       scores, out + (s * num_heads + head * group) * dim);
         }
         free(scores);
     }
@@ -260,6 +304,8 @@ static void attend_block(const prompt_t *p, const span_t *span, const int64_t *p
         for (int64_t t = first; t < last; t += TILE_ROWS) {
             int64_t rows = last - t < TILE_ROWS ? last - t : TILE_ROWS;
             int64_t head = (kv_head * group + g) * dim, length = span->before + t - span->start + 1;
+            paged_t values = {p->values + kv_head * dim, pages, length + rows - 1, p->page_size, 1,
+                              dim,                       kv_width};
             for (int64_t l = 0; l < length + rows - 1; l += TILE_WIDTH)
                 multiply_rows(p->query + t * p->query_stride + head, p->query_stride,
                               panels + l * dim, scores + l, stride, dim, rows, TILE_WIDTH, NOTHING,
@@ -268,8 +314,11 @@ static void attend_block(const prompt_t *p, const span_t *span, const int64_t *p
                 softmax(scores + r * stride, length + r);
                 memset(scores + r * stride + length + r, 0, (rows - 1 - r) * sizeof(float));
             }
-            mix(p->values + kv_head * dim, pages, length + rows - 1, p->page_size, rows, dim,
-                kv_width, scores, stride, p->out + t * out_stride + head, out_stride);
+            float *out = p->out + t * out_stride + head;
+            for (int64_t r = 0; r < rows; r++) memset(out + r * out_stride, 0, dim * sizeof(float));
+            for (int64_t l = 0; l < values.length; l += p->page_size)
+                mix(page_of(&values, l), places_in(&values, l), rows, dim, kv_width, scores + l,
+                    stride, out, out_stride, next_page(&values, l + p->page_size, 0));
         }
 }
 
