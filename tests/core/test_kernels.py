@@ -163,6 +163,22 @@ def test_attention(
     page_size: int, spans: list[tuple[int, int]], spread: float, config: ModelConfig, twins
 ) -> None:
     """Single rows and prompts over ragged pages; large scores leave one key all the weight."""
+    check_attention(twins, config, page_size, spans, spread)
+
+
+@pytest.mark.parametrize(
+    "spans", [[(39, 1)], [(16, 1), (0, 1), (39, 1), (31, 1), (95, 1)], [(30, 1), (3, 70)]], ids=str
+)
+def test_attention_on_other_processors(
+    spans: list[tuple[int, int]], config: ModelConfig, formed: ctypes.CDLL
+) -> None:
+    twins = KernelOperations(config, formed), TorchOperations(config)
+    check_attention(twins, config, 16, spans, 1.0)
+
+
+def check_attention(
+    twins, config: ModelConfig, page_size: int, spans: list[tuple[int, int]], spread: float
+) -> None:
     batch = ragged_batch(spans, page_size)
     num_pages = 1 + sum(-(-(before + count) // page_size) for before, count in spans)
     kv = KVStorage(config, num_pages, page_size, CPU, torch.float32)
