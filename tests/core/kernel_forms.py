@@ -22,12 +22,21 @@ def processor_flags() -> set[str]:
     return set(info.read_text().split()) if info.is_file() else set()
 
 
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
 def load_form(form: str, folder: Path) -> ctypes.CDLL:
-    """Compile all kernels in one form; skips the test where that cannot run here."""
+    """All kernels in one form, compiled once; skips the test where that cannot run here."""
     flags, needed = FORMS[form]
     compiler = shutil.which("cc")
     if compiler is None or not processor_flags().issuperset(needed):
         pytest.skip(f"no compiler, or no {needed}")
+    if form not in _loaded:
+        _loaded[form] = _compile(compiler, flags, folder)
+    return _loaded[form]
+
+
+def _compile(compiler: str, flags: tuple[str, ...], folder: Path) -> ctypes.CDLL:
     arguments = [flag for flag in build._FLAGS if not flag.startswith("-march")]
     sources = sorted(Path(build.__file__).parent.glob("*.c"))
     objects = [str(folder / f"{source.stem}.o") for source in sources]
