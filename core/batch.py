@@ -33,6 +33,7 @@ class DecodeRows:
 
     page_SP      int64, padded with the row's own first page
     length_S     int64, tokens to attend to (itself included)
+    page_size    tokens of a page
     """
 
     page_SP: Tensor

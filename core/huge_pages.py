@@ -20,7 +20,8 @@ _LINE = 64  # bytes of a cache line
 def empty(num_bytes: int) -> Tensor:
     """`num_bytes` zeros of uint8 that begin a huge page; they take no memory until touched.
 
-    The tail beyond the last whole huge page lies in usual ones, so nothing is wasted.
+    The tail beyond the last whole huge page lies in usual ones, so nothing is wasted. Raises
+    OSError when there is no room for them.
     """
     if num_bytes < HUGE_PAGE:
         return torch.zeros(num_bytes, dtype=torch.uint8)

@@ -4,8 +4,8 @@
 #include <stdint.h>
 
 /* A frozen matrix [out, in], packed. `terms` is 0 for panels of fp32, else how many terms of 8 bits
- * an int8 matrix rounds its inputs to; `scales` is int8's. No panel of fp32 has outputs from both
- * sides of `half`; without such a border it is `out`. */
+ * an int8 matrix rounds its inputs to; `scales` is int8's. `half` is half of `out` where no
+ * panel of fp32 has outputs of both halves, else `out`. */
 typedef struct {
     const void *panels, *scales;
     int64_t in, out, half, terms;
