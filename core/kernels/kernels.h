@@ -3,12 +3,13 @@
 
 #include <stdint.h>
 
-/* A frozen matrix [out, in], packed. `terms` is 0 for panels of fp32, else how many terms of 8 bits
- * an int8 matrix rounds its inputs to; `scales` is int8's. `half` is half of `out` where no
- * panel of fp32 has outputs of both halves, else `out`. */
+/* A frozen matrix [out, in], packed. `terms` is 0 for panels that are multiplied in fp32, else how
+ * many terms of 8 bits an int8 matrix rounds its inputs to; `scales` is int8's. `half` is half of
+ * `out` where no panel has outputs of both halves, else `out`. `bits` is how many a weight of a
+ * panel takes, see packed.h. */
 typedef struct {
     const void *panels, *scales;
-    int64_t in, out, half, terms;
+    int64_t in, out, half, terms, bits;
 } matrix_t;
 
 /* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. */

@@ -1,6 +1,7 @@
 /* Products with a frozen matrix that was packed in panels once. */
 #include "common.h"
 #include "low_rank.h"
+#include "packed.h"
 #include "tiles.h"
 
 #include <omp.h>
@@ -25,9 +26,9 @@ static columns_t columns_of(int64_t panel, int64_t half, int64_t out) {
     return (columns_t){panel % halves * half + start, left < TILE_WIDTH ? left : TILE_WIDTH};
 }
 
-/* Floats that packing takes. */
-int64_t packed_floats(int64_t in, int64_t half, int64_t out) {
-    return num_panels(half, out) * in * TILE_WIDTH;
+/* Words of 32 bits that packing takes. */
+int64_t packed_words(int64_t in, int64_t half, int64_t out, int64_t bits) {
+    return num_panels(half, out) * words_of_panel(in, bits);
 }
 
 /* w is [out, in]; panels is [number, in, TILE_WIDTH], zeros beyond a panel's outputs. */
@@ -42,6 +43,34 @@ void pack_panels(const float *w, float *panels, int64_t in, int64_t half, int64_
             for (int64_t k = 0; k < in; k++)
                 to[k * TILE_WIDTH] = c < columns.width ? from[k] : 0.0f;
         }
+    }
+}
+
+/* Panels as packed.h has them, zeros beyond a panel's outputs. `numbers` is [out, in], bf16's bits
+ * or a grid's numbers; `steps` and `bases` are a grid's, fp16's bits, [out, in / BLOCK]. */
+void pack_words(const uint16_t *numbers, const uint16_t *steps, const uint16_t *bases,
+                uint32_t *panels, int64_t in, int64_t half, int64_t out, int64_t bits,
+                int num_threads) {
+    int64_t blocks = in / BLOCK, in_word = 32 / bits;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t i = 0; i < num_panels(half, out); i++) {
+        columns_t columns = columns_of(i, half, out);
+        for (int64_t b = 0; b < blocks; b++)
+            for (int64_t c = 0; c < TILE_WIDTH; c++) {
+                int64_t row = columns.start + c, is_used = c < columns.width;
+                uint32_t *to = panels + i * words_of_panel(in, bits) +
+                               b * words_of_block(bits) * TILE_WIDTH;
+                if (bits < 16) {
+                    ((uint16_t *)to)[c] = is_used ? steps[row * blocks + b] : 0;
+                    ((uint16_t *)to)[TILE_WIDTH + c] = is_used ? bases[row * blocks + b] : 0;
+                    to += TILE_WIDTH;
+                }
+                for (int64_t k = 0; k < BLOCK; k += in_word, to += TILE_WIDTH) {
+                    to[c] = 0;
+                    for (int64_t j = 0; is_used && j < in_word; j++)
+                        to[c] |= (uint32_t)numbers[row * in + b * BLOCK + k + j] << (j * bits);
+                }
+            }
     }
 }
 
@@ -68,18 +97,34 @@ typedef struct {
     const matrix_t *w;
     const float *x;
     const low_rank_t *adds;
-    int64_t rows, passes, lots, lines, distance;
+    int64_t rows, passes, halves, lots, lines, distance, panel_words;
+    float *widened;
     coming_t coming;
     int64_t floats_left, passes_left;
 } sweep_t;
+
+/* Room for `floats` that stays the thread's; NULL when there is no memory. */
+static float *room_of_thread(int64_t floats) {
+    static _Thread_local float *room;
+    static _Thread_local int64_t size;
+    if (size < floats) {
+        free(room);
+        room = aligned_alloc(64, floats * sizeof(float));
+        size = room ? floats : 0;
+    }
+    return room;
+}
 
 /* Begin, in all threads of a region. */
 static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
                            const low_rank_t *adds) {
     int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, threads = omp_get_num_threads();
     sweep_t s = {w, x, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
-    s.distance = TILE_WIDTH * (passes > 1 ? w->in * (w->half < w->out ? 2 : 1) : FEATURES_AHEAD);
-    s.lines = passes ? (TILE_STEP * TILE_WIDTH / LINE + passes - 1) / passes : 0;
+    s.halves = w->half < w->out ? 2 : 1;
+    s.panel_words = words_of_panel(w->in, w->bits);
+    s.distance = passes > 1 ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
+    s.lines = passes ? (s.panel_words / LINE + s.lots * passes - 1) / (s.lots * passes) : 0;
+    if (w->bits < 32 && passes > 1) s.widened = room_of_thread(s.halves * TILE_WIDTH * w->in);
     s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
     s.passes_left = (num_panels(w->half, w->out) + threads - 1) / threads * passes;
     if (adds && any_fills_tile(adds, rows)) shrink_tiles(adds, x, rows, w->in);
@@ -91,17 +136,26 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
     int64_t in = s->w->in, r = pass * TILE_ROWS, lots = s->lots;
     int64_t rows = s->rows - r < TILE_ROWS ? s->rows - r : TILE_ROWS;
     int64_t room = lots * FACTOR_LINES * LINE; /* floats of factors that a pass can fetch */
-    const float *at = (const float *)s->w->panels + panel * TILE_WIDTH * in;
+    const float *at = (const float *)s->w->panels + panel * s->panel_words;
     const float *next = at + s->distance + pass * lots * s->lines * LINE;
     columns_t columns = columns_of(panel, s->w->half, s->w->out);
-    int is_needed = next < at + s->distance + TILE_WIDTH * in;
+    int is_needed = next < at + s->distance + s->panel_words;
     ahead_t panels = {next, is_needed ? s->lines : 0}, factors = NOTHING;
     if (s->floats_left && s->passes_left-- * room < s->floats_left + 2 * room) {
         int64_t floats = next_coming(&s->coming, room, &factors.at);
         factors.lines = (floats + lots * LINE - 1) / (lots * LINE);
         s->floats_left -= floats;
     }
-    if (s->passes == 1 && rows <= STREAM_ROWS)
+    float *widened = s->widened ? s->widened + panel % s->halves * TILE_WIDTH * in : NULL;
+    if (widened && pass > 0)
+        multiply_rows(s->x + r * in, in, widened, y, y_stride, in, rows, columns.width, panels,
+                      factors);
+    else if (s->w->bits < 32) {
+        panels.lines *= s->passes > 1 ? BLOCK / TILE_STEP : 0; /* it fetches what comes next itself */
+        factors.lines *= BLOCK / TILE_STEP;
+        multiply_packed(s->x + r * in, in, (const uint32_t *)at, y, y_stride, in, rows,
+                        columns.width, s->w->bits, widened, panels, factors);
+    } else if (s->passes == 1 && rows <= STREAM_ROWS)
         stream_rows(s->x, in, at, y, y_stride, in, rows, columns.width, factors);
     else
         multiply_rows(s->x + r * in, in, at, y, y_stride, in, rows, columns.width, panels, factors);

@@ -1,0 +1,157 @@
+/* Products with a panel whose weights take fewer bits than 32 and mean the very same: they are
+ * widened to fp32 in registers, so the sums are those of a panel of fp32, bit for bit.
+ *
+ * A panel is [in / BLOCK][words_of_block(bits)][TILE_WIDTH] words. A word has the 32 / bits next
+ * weights of one output, the first in its lowest bits: bf16 (16), or numbers on a grid (8 and 4),
+ * which stand for number * step + base. A block of a grid begins with its outputs' steps and then
+ * their bases, in fp16. `in` is a multiple of BLOCK.
+ */
+#pragma once
+
+#include "tiles.h"
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#define BLOCK 32       /* features with one step and base */
+#define WORDS_AHEAD 24 /* rows of words that a panel is fetched before its use */
+
+typedef uint32_t words_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int32_t ints_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef uint16_t halves_t __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
+
+INLINE int64_t words_of_block(int64_t bits) { return bits < 16 ? bits + 1 : bits; }
+
+/* Words of a panel; of fp32 where bits is 32. */
+INLINE int64_t words_of_panel(int64_t in, int64_t bits) {
+    return bits == 32 ? in * TILE_WIDTH : in / BLOCK * words_of_block(bits) * TILE_WIDTH;
+}
+
+/* fp16 -> fp32 */
+INLINE wide_t wide_of_halves(const void *from) {
+#if defined(__AVX512F__) && defined(__F16C__)
+    return (wide_t)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (wide_t)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    words_t bits = __builtin_convertvector(*(const halves_t *)from, words_t);
+    wide_t size = (wide_t)((bits & 0x7fff) << 13) * 0x1p112f; /* fp16's exponents begin at 2^-15 */
+    return (wide_t)((words_t)size | (bits & 0x8000) << 16);
+#endif
+}
+
+/* The weights in the lowest bits of each word. Words are shifted on by a constant, weight by weight:
+ * a count in a general register costs a tenth of a product. */
+INLINE wide_t widen(words_t word, const int bits, wide_t step, wide_t base) {
+    if (bits == 16) return (wide_t)(word << 16);
+    ints_t number = (ints_t)(word & ((1u << bits % 16) - 1));
+    return __builtin_convertvector(number, wide_t) * step + base;
+}
+
+/* y[rows, cols] = x[rows, in] times one panel; `rows` and `bits` are constants where this is
+ * inlined. Where `widened` is given, it gets the panel in fp32, [in, TILE_WIDTH]. Meanwhile the
+ * panel itself is fetched ahead, and for every BLOCK features some cache lines of others. */
+INLINE void multiply_packed_tile(const float *restrict x, int64_t x_stride,
+                                 const uint32_t *restrict panel, float *restrict y,
+                                 int64_t y_stride, int64_t in, const int rows, int64_t cols,
+                                 const int bits, float *restrict widened, ahead_t panels,
+                                 ahead_t others) {
+    wide_t sums[TILE_ROWS][COLS], step[COLS], base[COLS];
+    int in_word = 32 / bits;
+    __asm__("" : "+r"(in_word)); /* not to be unrolled where it is 2 */
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int c = 0; c < COLS; c++) sums[r][c] = (wide_t){0.0f};
+    const float *x_of[] = {x, x + 3 * x_stride, x + 6 * x_stride}; /* as in multiply_tile */
+    __asm__("" : "+r"(x_of[1]), "+r"(x_of[2]));
+    for (const float *end = x + in; x_of[0] < end;) {
+        fetch_lot(&panels);
+        fetch_lot(&others);
+        if (bits < 16) {
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++) {
+                step[c] = wide_of_halves((const uint16_t *)panel + c * WIDE);
+                base[c] = wide_of_halves((const uint16_t *)panel + TILE_WIDTH + c * WIDE);
+            }
+            panel += TILE_WIDTH;
+        }
+#pragma GCC unroll 1
+        for (int word = 0; word < bits; word++, panel += TILE_WIDTH) {
+#pragma GCC unroll 3
+            for (int line = 0; line < TILE_WIDTH; line += LINE)
+                __builtin_prefetch(panel + WORDS_AHEAD * TILE_WIDTH + line, 0, 3);
+            words_t words[COLS];
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++) words[c] = *(const words_t *)(panel + c * WIDE);
+#pragma GCC unroll 1 /* as in multiply_tile */
+            for (int i = 0; i < in_word; i++, x_of[0]++, x_of[1]++, x_of[2]++) {
+                wide_t w[COLS];
+#pragma GCC unroll 3
+                for (int c = 0; c < COLS; c++) {
+                    w[c] = widen(words[c], bits, step[c], base[c]);
+                    words[c] >>= bits;
+                    if (widened) *(wide_t *)(widened + c * WIDE) = w[c];
+                }
+                if (widened) widened += TILE_WIDTH;
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+                    for (int c = 0; c < COLS; c++)
+                        sums[r][c] += x_of[r / 3][r % 3 * x_stride] * w[c];
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+        if (cols >= TILE_WIDTH)
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++) *(wide_t *)(y + r * y_stride + c * WIDE) = sums[r][c];
+        else
+            memcpy(y + r * y_stride, sums[r], cols * sizeof(float));
+}
+
+INLINE void multiply_packed_bits(const float *x, int64_t x_stride, const uint32_t *panel, float *y,
+                                 int64_t y_stride, int64_t in, int64_t rows, int64_t cols,
+                                 const int bits, float *widened, ahead_t panels, ahead_t others) {
+#define PACKED_CASE(n)                                                                             \
+    case n:                                                                                        \
+        multiply_packed_tile(x, x_stride, panel, y, y_stride, in, n, cols, bits, NULL, panels,     \
+                             others);                                                              \
+        break;
+    if (widened) {
+        multiply_packed_tile(x, x_stride, panel, y, y_stride, in, TILE_ROWS, cols, bits, widened,
+                             panels, others);
+        return;
+    }
+    switch (rows) {
+        PACKED_CASE(1)
+        PACKED_CASE(2)
+        PACKED_CASE(3)
+        PACKED_CASE(4)
+        PACKED_CASE(5)
+        PACKED_CASE(6)
+#if TILE_ROWS > 6
+        PACKED_CASE(7)
+        PACKED_CASE(8)
+#endif
+    }
+#undef PACKED_CASE
+}
+
+/* `multiply_packed_tile` for 1 to TILE_ROWS rows; for TILE_ROWS where `widened` is given. */
+static void multiply_packed(const float *x, int64_t x_stride, const uint32_t *panel, float *y,
+                            int64_t y_stride, int64_t in, int64_t rows, int64_t cols, int64_t bits,
+                            float *widened, ahead_t panels, ahead_t others) {
+#define BITS_CASE(n)                                                                               \
+    case n:                                                                                        \
+        multiply_packed_bits(x, x_stride, panel, y, y_stride, in, rows, cols, n, widened, panels,  \
+                             others);                                                              \
+        break;
+    switch (bits) {
+        BITS_CASE(4)
+        BITS_CASE(8)
+        BITS_CASE(16)
+    }
+#undef BITS_CASE
+}

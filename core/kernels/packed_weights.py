@@ -1,0 +1,92 @@
+"""Forms of a frozen fp32 matrix that take fewer bits and mean the very same, found by trying.
+
+A checkpoint that was saved in bf16, or widened from a GGUF file's blocks, says no more in 32 bits
+than it did before. Knows nothing of how a matrix is multiplied.
+
+Shape legend: I input features, O output features, G blocks of `BLOCK` input features, B features
+of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+_PROBED_ROWS = 2
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """A matrix [O, I] in `bits` a weight.
+
+    bits       16: `number_OI` has the bits of bf16; 8 or 4: a weight is number * step + base
+    number_OI  int16
+    step_OG    fp16, of a grid of 8 or 4 bits alone; so is `base_OG`
+    """
+
+    bits: int
+    number_OI: Tensor
+    step_OG: Tensor | None = None
+    base_OG: Tensor | None = None
+
+
+def pack_exactly(weight_OI: Tensor) -> PackedWeights | None:
+    """The form with the fewest bits that gives every weight of the fp32 matrix back, if any does.
+
+    Tried are the blocks of GGUF's Q4_1, Q4_0 and Q8_0, and bf16. Takes milliseconds where none fits
+    the first rows, and of larger matrices a few passes else.
+    """
+    if weight_OI.shape[1] % BLOCK or not len(weight_OI):
+        return None
+    for form in _FORMS:
+        if form(weight_OI[:_PROBED_ROWS]) is not None and (packed := form(weight_OI)) is not None:
+            return packed
+    return None
+
+
+def _q4_1(weight_OI: Tensor) -> PackedWeights | None:
+    """The least number of each block is 0 and the greatest 15."""
+    weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
+    least_OG, greatest_OG = torch.aminmax(weight_OGB, dim=2)
+    return _grid(weight_OGB, (greatest_OG - least_OG) / 15, least_OG, 4)
+
+
+def _q4_0(weight_OI: Tensor) -> PackedWeights | None:
+    """8 is zero; the weight that is furthest from it has the number 0."""
+    weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
+    furthest_OG1 = weight_OGB.abs().argmax(2, keepdim=True)
+    furthest_OG = weight_OGB.gather(2, furthest_OG1).squeeze(2)
+    return _grid(weight_OGB, furthest_OG / -8, furthest_OG, 4)
+
+
+def _q8_0(weight_OI: Tensor) -> PackedWeights | None:
+    """128 is zero; the weight that is furthest from it has 1 or 255."""
+    weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
+    step_OG = (weight_OGB.abs().amax(2) / 127).half().float()
+    return _grid(weight_OGB, step_OG, -128 * step_OG, 8)
+
+
+def _bf16(weight_OI: Tensor) -> PackedWeights | None:
+    rounded_OI = weight_OI.to(torch.bfloat16)
+    if not rounded_OI.float().equal(weight_OI):
+        return None
+    return PackedWeights(16, rounded_OI.view(torch.int16))
+
+
+_FORMS = (_q4_1, _q4_0, _q8_0, _bf16)
+
+
+def _grid(weight_OGB: Tensor, step_OG: Tensor, base_OG: Tensor, bits: int) -> PackedWeights | None:
+    """The numbers of a grid with these steps and bases, rounded to fp16, if they are exact."""
+    step_OG, base_OG = step_OG.half(), base_OG.half()
+    step_OG1, base_OG1 = step_OG.float()[..., None], base_OG.float()[..., None]
+    number_OGB = weight_OGB - base_OG1
+    number_OGB /= torch.where(step_OG1 == 0, 1.0, step_OG1)
+    number_OGB.round_().clamp_(0, 2**bits - 1).nan_to_num_(0.0)
+    # fp16 times 8 bits is exact in fp32, so the sum rounds once, as a fused multiply-add does.
+    if not torch.addcmul(base_OG1, number_OGB, step_OG1).equal(weight_OGB):
+        return None
+    return PackedWeights(bits, number_OGB.flatten(1).to(torch.int16), step_OG, base_OG)
