@@ -1,7 +1,8 @@
 """The least time that a wave of the base needs on this machine, by its own two speeds.
 
 Each step takes what is longer: its arithmetic at the fastest product of matrices, or its reads at
-the fastest sum over memory. A step reads the weights once and each sequence's keys and values;
+the fastest sum over memory. A step reads the weights once, in fp32, and each sequence's keys and
+values (a server that keeps the weights in fewer bits may pass it where only reading takes time);
 only rows that sample a token meet the head. Norms, rotations, softmax and writes count as nothing,
 and so do HTTP and scheduling. Knows no adapters.
 """

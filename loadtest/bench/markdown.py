@@ -114,7 +114,8 @@ def _beside_limit(report: Report) -> list[str]:
         f"large array at {read / 1e9:.0f} GB/s, on the bench's threads, the best of many before "
         "and after the rounds. At these speeds a wave of the base takes at least one step for all "
         "prompts and one for each further token; a step is the longer of its arithmetic and its "
-        "reads (weights once, keys and values of each request).",
+        "reads (weights once in fp32, keys and values of each request). Where memory is what one "
+        "stream waits for, a base kept in fewer bits may pass this limit.",
         table(["", "limit, tok/s", *(f"{ours}, share" for ours in OURS)], rows),
     ]
 
