@@ -33,7 +33,7 @@ class Int8Linear(CompiledLinear):
         q_OI, scale_OG = quantise(weight_OI)
         panels_PKWQ, scale_PGW = arena.copy(_panels(q_OI)), arena.copy(_scales(scale_OG))
         addresses = panels_PKWQ.data_ptr(), scale_PGW.data_ptr()
-        matrix = Matrix(*addresses, num_in, num_out, num_out // 2, num_terms, 8)
+        matrix = Matrix(*addresses, num_in, num_out, num_out // 2, num_terms)
         super().__init__(library, matrix, (panels_PKWQ, scale_PGW))
 
 

@@ -3,13 +3,16 @@
 
 #include <stdint.h>
 
+/* How a panel has its weights: in fp32, or as packed.h says in fewer bits. */
+enum { FP32, FP16, BF16, GRID_8, GRID_4 };
+
 /* A frozen matrix [out, in], packed. `terms` is 0 for panels that are multiplied in fp32, else how
  * many terms of 8 bits an int8 matrix rounds its inputs to; `scales` is int8's. `half` is half of
- * `out` where no panel has outputs of both halves, else `out`. `bits` is how many a weight of a
- * panel takes, see packed.h. */
+ * `out` where no panel has outputs of both halves, else `out`. `form` is how a panel has its
+ * weights. */
 typedef struct {
     const void *panels, *scales;
-    int64_t in, out, half, terms, bits;
+    int64_t in, out, half, terms, form;
 } matrix_t;
 
 /* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. */

@@ -1,10 +1,11 @@
 /* Products with a panel whose weights take fewer bits than 32 and mean the very same: they are
  * widened to fp32 in registers, so the sums are those of a panel of fp32, bit for bit.
  *
- * A panel is [in / BLOCK][words_of_block(bits)][TILE_WIDTH] words. A word has the 32 / bits next
- * weights of one output, the first in its lowest bits: bf16 (16), or numbers on a grid (8 and 4),
- * which stand for number * step + base. A block of a grid begins with its outputs' steps and then
- * their bases, in fp16. `in` is a multiple of BLOCK.
+ * A panel is [in / BLOCK][words_of_block(form)][TILE_WIDTH] words. A word has the next weights
+ * of one output, the first in its lowest bits: bf16, or numbers on a grid of 8 or 4 bits, which stand
+ * for number * step + base. A block of a grid begins with its outputs' steps and then their bases, in
+ * fp16. Of fp16 two features' rows of weights stand in a row of words, one after the other. `in` is a
+ * multiple of BLOCK.
  */
 #pragma once
 
@@ -20,11 +21,13 @@ typedef uint32_t words_t __attribute__((vector_size(4 * WIDE), aligned(4), may_a
 typedef int32_t ints_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef uint16_t halves_t __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
 
-INLINE int64_t words_of_block(int64_t bits) { return bits < 16 ? bits + 1 : bits; }
+INLINE int bits_of(int64_t form) { return form == GRID_4 ? 4 : form == GRID_8 ? 8 : form ? 16 : 32; }
 
-/* Words of a panel; of fp32 where bits is 32. */
-INLINE int64_t words_of_panel(int64_t in, int64_t bits) {
-    return bits == 32 ? in * TILE_WIDTH : in / BLOCK * words_of_block(bits) * TILE_WIDTH;
+INLINE int64_t words_of_block(int64_t form) { return bits_of(form) + (bits_of(form) < 16); }
+
+/* Words of a panel; in fp32 `in` may be any number. */
+INLINE int64_t words_of_panel(int64_t in, int64_t form) {
+    return form == FP32 ? in * TILE_WIDTH : in / BLOCK * words_of_block(form) * TILE_WIDTH;
 }
 
 /* fp16 -> fp32 */
@@ -42,21 +45,22 @@ INLINE wide_t wide_of_halves(const void *from) {
 
 /* The weights in the lowest bits of each word. Words are shifted on by a constant, weight by weight:
  * a count in a general register costs a tenth of a product. */
-INLINE wide_t widen(words_t word, const int bits, wide_t step, wide_t base) {
-    if (bits == 16) return (wide_t)(word << 16);
-    ints_t number = (ints_t)(word & ((1u << bits % 16) - 1));
+INLINE wide_t widen(words_t word, const int form, wide_t step, wide_t base) {
+    if (form == BF16) return (wide_t)(word << 16);
+    ints_t number = (ints_t)(word & (form == GRID_8 ? 0xff : 0xf));
     return __builtin_convertvector(number, wide_t) * step + base;
 }
 
-/* y[rows, cols] = x[rows, in] times one panel; `rows` and `bits` are constants where this is
+/* y[rows, cols] = x[rows, in] times one panel; `rows` and `form` are constants where this is
  * inlined. Where `widened` is given, it gets the panel in fp32, [in, TILE_WIDTH]. Meanwhile the
  * panel itself is fetched ahead, and for every BLOCK features some cache lines of others. */
 INLINE void multiply_packed_tile(const float *restrict x, int64_t x_stride,
                                  const uint32_t *restrict panel, float *restrict y,
                                  int64_t y_stride, int64_t in, const int rows, int64_t cols,
-                                 const int bits, float *restrict widened, ahead_t panels,
+                                 const int form, float *restrict widened, ahead_t panels,
                                  ahead_t others) {
     wide_t sums[TILE_ROWS][COLS], step[COLS], base[COLS];
+    const int bits = bits_of(form);
     int in_word = 32 / bits;
     __asm__("" : "+r"(in_word)); /* not to be unrolled where it is 2 */
 #pragma GCC unroll 8
@@ -89,7 +93,9 @@ INLINE void multiply_packed_tile(const float *restrict x, int64_t x_stride,
                 wide_t w[COLS];
 #pragma GCC unroll 3
                 for (int c = 0; c < COLS; c++) {
-                    w[c] = widen(words[c], bits, step[c], base[c]);
+                    w[c] = form == FP16
+                               ? wide_of_halves((const uint16_t *)panel + i * TILE_WIDTH + c * WIDE)
+                               : widen(words[c], form, step[c], base[c]);
                     words[c] >>= bits;
                     if (widened) *(wide_t *)(widened + c * WIDE) = w[c];
                 }
@@ -111,16 +117,16 @@ INLINE void multiply_packed_tile(const float *restrict x, int64_t x_stride,
             memcpy(y + r * y_stride, sums[r], cols * sizeof(float));
 }
 
-INLINE void multiply_packed_bits(const float *x, int64_t x_stride, const uint32_t *panel, float *y,
+INLINE void multiply_packed_form(const float *x, int64_t x_stride, const uint32_t *panel, float *y,
                                  int64_t y_stride, int64_t in, int64_t rows, int64_t cols,
-                                 const int bits, float *widened, ahead_t panels, ahead_t others) {
+                                 const int form, float *widened, ahead_t panels, ahead_t others) {
 #define PACKED_CASE(n)                                                                             \
     case n:                                                                                        \
-        multiply_packed_tile(x, x_stride, panel, y, y_stride, in, n, cols, bits, NULL, panels,     \
+        multiply_packed_tile(x, x_stride, panel, y, y_stride, in, n, cols, form, NULL, panels,     \
                              others);                                                              \
         break;
     if (widened) {
-        multiply_packed_tile(x, x_stride, panel, y, y_stride, in, TILE_ROWS, cols, bits, widened,
+        multiply_packed_tile(x, x_stride, panel, y, y_stride, in, TILE_ROWS, cols, form, widened,
                              panels, others);
         return;
     }
@@ -141,17 +147,18 @@ INLINE void multiply_packed_bits(const float *x, int64_t x_stride, const uint32_
 
 /* `multiply_packed_tile` for 1 to TILE_ROWS rows; for TILE_ROWS where `widened` is given. */
 static void multiply_packed(const float *x, int64_t x_stride, const uint32_t *panel, float *y,
-                            int64_t y_stride, int64_t in, int64_t rows, int64_t cols, int64_t bits,
+                            int64_t y_stride, int64_t in, int64_t rows, int64_t cols, int64_t form,
                             float *widened, ahead_t panels, ahead_t others) {
-#define BITS_CASE(n)                                                                               \
+#define FORM_CASE(n)                                                                               \
     case n:                                                                                        \
-        multiply_packed_bits(x, x_stride, panel, y, y_stride, in, rows, cols, n, widened, panels,  \
+        multiply_packed_form(x, x_stride, panel, y, y_stride, in, rows, cols, n, widened, panels,  \
                              others);                                                              \
         break;
-    switch (bits) {
-        BITS_CASE(4)
-        BITS_CASE(8)
-        BITS_CASE(16)
+    switch (form) {
+        FORM_CASE(FP16)
+        FORM_CASE(BF16)
+        FORM_CASE(GRID_8)
+        FORM_CASE(GRID_4)
     }
-#undef BITS_CASE
+#undef FORM_CASE
 }

@@ -10,6 +10,7 @@ of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -18,16 +19,25 @@ BLOCK = 32
 _PROBED_ROWS = 2
 
 
+class Form(IntEnum):
+    """How a panel has its weights, numbered as in kernels.h. On a grid: number * step + base."""
+
+    FP32 = 0
+    FP16 = 1
+    BF16 = 2
+    GRID_8 = 3
+    GRID_4 = 4
+
+
 @dataclass(frozen=True)
 class PackedWeights:
-    """A matrix [O, I] in `bits` a weight.
+    """A matrix [O, I] in fewer bits than 32.
 
-    bits       16: `number_OI` has the bits of bf16; 8 or 4: a weight is number * step + base
-    number_OI  int16
-    step_OG    fp16, of a grid of 8 or 4 bits alone; so is `base_OG`
+    number_OI  int16: the bits of fp16 or bf16, or a grid's numbers
+    step_OG    fp16, a grid's alone; so is `base_OG`
     """
 
-    bits: int
+    form: Form
     number_OI: Tensor
     step_OG: Tensor | None = None
     base_OG: Tensor | None = None
@@ -36,8 +46,8 @@ class PackedWeights:
 def pack_exactly(weight_OI: Tensor) -> PackedWeights | None:
     """The form with the fewest bits that gives every weight of the fp32 matrix back, if any does.
 
-    Tried are the blocks of GGUF's Q4_1, Q4_0 and Q8_0, and bf16. Takes milliseconds where none fits
-    the first rows, and of larger matrices a few passes else.
+    Tried are the blocks of GGUF's Q4_1, Q4_0 and Q8_0, bf16 and fp16. Takes milliseconds where
+    none fits the first rows, else a few passes over the matrix.
     """
     if weight_OI.shape[1] % BLOCK or not len(weight_OI):
         return None
@@ -51,7 +61,7 @@ def _q4_1(weight_OI: Tensor) -> PackedWeights | None:
     """The least number of each block is 0 and the greatest 15."""
     weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
     least_OG, greatest_OG = torch.aminmax(weight_OGB, dim=2)
-    return _grid(weight_OGB, (greatest_OG - least_OG) / 15, least_OG, 4)
+    return _grid(weight_OGB, (greatest_OG - least_OG) / 15, least_OG, Form.GRID_4)
 
 
 def _q4_0(weight_OI: Tensor) -> PackedWeights | None:
@@ -59,34 +69,42 @@ def _q4_0(weight_OI: Tensor) -> PackedWeights | None:
     weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
     furthest_OG1 = weight_OGB.abs().argmax(2, keepdim=True)
     furthest_OG = weight_OGB.gather(2, furthest_OG1).squeeze(2)
-    return _grid(weight_OGB, furthest_OG / -8, furthest_OG, 4)
+    return _grid(weight_OGB, furthest_OG / -8, furthest_OG, Form.GRID_4)
 
 
 def _q8_0(weight_OI: Tensor) -> PackedWeights | None:
     """128 is zero; the weight that is furthest from it has 1 or 255."""
     weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
     step_OG = (weight_OGB.abs().amax(2) / 127).half().float()
-    return _grid(weight_OGB, step_OG, -128 * step_OG, 8)
+    return _grid(weight_OGB, step_OG, -128 * step_OG, Form.GRID_8)
 
 
 def _bf16(weight_OI: Tensor) -> PackedWeights | None:
-    rounded_OI = weight_OI.to(torch.bfloat16)
-    if not rounded_OI.float().equal(weight_OI):
+    return _half(weight_OI, torch.bfloat16, Form.BF16)
+
+
+def _fp16(weight_OI: Tensor) -> PackedWeights | None:
+    return _half(weight_OI, torch.float16, Form.FP16)
+
+
+def _half(weight_OI: Tensor, dtype: torch.dtype, form: Form) -> PackedWeights | None:
+    rounded_OI = weight_OI.to(dtype)
+    if not rounded_OI.float().equal(weight_OI) or not rounded_OI.isfinite().all():
         return None
-    return PackedWeights(16, rounded_OI.view(torch.int16))
+    return PackedWeights(form, rounded_OI.view(torch.int16))
 
 
-_FORMS = (_q4_1, _q4_0, _q8_0, _bf16)
+_FORMS = (_q4_1, _q4_0, _q8_0, _bf16, _fp16)
 
 
-def _grid(weight_OGB: Tensor, step_OG: Tensor, base_OG: Tensor, bits: int) -> PackedWeights | None:
+def _grid(weight_OGB: Tensor, step_OG: Tensor, base_OG: Tensor, form: Form) -> PackedWeights | None:
     """The numbers of a grid with these steps and bases, rounded to fp16, if they are exact."""
     step_OG, base_OG = step_OG.half(), base_OG.half()
     step_OG1, base_OG1 = step_OG.float()[..., None], base_OG.float()[..., None]
     number_OGB = weight_OGB - base_OG1
     number_OGB /= torch.where(step_OG1 == 0, 1.0, step_OG1)
-    number_OGB.round_().clamp_(0, 2**bits - 1).nan_to_num_(0.0)
+    number_OGB.round_().clamp_(0, 15 if form is Form.GRID_4 else 255).nan_to_num_(0.0)
     # fp16 times 8 bits is exact in fp32, so the sum rounds once, as a fused multiply-add does.
     if not torch.addcmul(base_OG1, number_OGB, step_OG1).equal(weight_OGB):
         return None
-    return PackedWeights(bits, number_OGB.flatten(1).to(torch.int16), step_OG, base_OG)
+    return PackedWeights(form, number_OGB.flatten(1).to(torch.int16), step_OG, base_OG)

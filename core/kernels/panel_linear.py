@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core.huge_pages import Arena
 from core.kernels.compiled_linear import CompiledLinear
-from core.kernels.packed_weights import PackedWeights, pack_exactly
+from core.kernels.packed_weights import Form, PackedWeights, pack_exactly
 from core.kernels.structs import Matrix
 
 
@@ -40,9 +40,9 @@ class PanelLinear(CompiledLinear):
         half = num_out // 2 if in_halves else num_out
         weight_OI = weight_OI.contiguous()
         exact = packed or pack_exactly(weight_OI)
-        bits = exact.bits if exact else 32
+        form = exact.form if exact else Form.FP32
         library.packed_words.argtypes, library.packed_words.restype = [c_int64] * 4, c_int64
-        panels = arena.empty((library.packed_words(num_in, half, num_out, bits),))
+        panels = arena.empty((library.packed_words(num_in, half, num_out, form),))
         sizes = num_in, half, num_out
         if exact:
             _pack_words(library, exact, panels, sizes)
@@ -50,7 +50,7 @@ class PanelLinear(CompiledLinear):
             library.pack_panels.argtypes = [c_void_p] * 2 + [c_int64] * 3 + [c_int]
             addresses = weight_OI.data_ptr(), panels.data_ptr()
             library.pack_panels(*addresses, *sizes, torch.get_num_threads())
-        matrix = Matrix(panels.data_ptr(), None, num_in, num_out, half, 0, bits)
+        matrix = Matrix(panels.data_ptr(), None, num_in, num_out, half, 0, form)
         super().__init__(library, matrix, (panels,))
 
 
@@ -60,4 +60,4 @@ def _pack_words(
     library.pack_words.argtypes = [c_void_p] * 4 + [c_int64] * 4 + [c_int]
     read = exact.number_OI, exact.step_OG, exact.base_OG
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in read]
-    library.pack_words(*addresses, panels.data_ptr(), *sizes, exact.bits, torch.get_num_threads())
+    library.pack_words(*addresses, panels.data_ptr(), *sizes, exact.form, torch.get_num_threads())

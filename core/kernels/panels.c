@@ -27,8 +27,8 @@ static columns_t columns_of(int64_t panel, int64_t half, int64_t out) {
 }
 
 /* Words of 32 bits that packing takes. */
-int64_t packed_words(int64_t in, int64_t half, int64_t out, int64_t bits) {
-    return num_panels(half, out) * words_of_panel(in, bits);
+int64_t packed_words(int64_t in, int64_t half, int64_t out, int64_t form) {
+    return num_panels(half, out) * words_of_panel(in, form);
 }
 
 /* w is [out, in]; panels is [number, in, TILE_WIDTH], zeros beyond a panel's outputs. */
@@ -46,29 +46,35 @@ void pack_panels(const float *w, float *panels, int64_t in, int64_t half, int64_
     }
 }
 
-/* Panels as packed.h has them, zeros beyond a panel's outputs. `numbers` is [out, in], bf16's bits
- * or a grid's numbers; `steps` and `bases` are a grid's, fp16's bits, [out, in / BLOCK]. */
+/* Panels as packed.h has them, zeros beyond a panel's outputs. `numbers` is [out, in], the
+ * bits of bf16 or fp16 or a grid's numbers; `steps` and `bases` are a grid's, [out, in / BLOCK]. */
 void pack_words(const uint16_t *numbers, const uint16_t *steps, const uint16_t *bases,
-                uint32_t *panels, int64_t in, int64_t half, int64_t out, int64_t bits,
+                uint32_t *panels, int64_t in, int64_t half, int64_t out, int64_t form,
                 int num_threads) {
-    int64_t blocks = in / BLOCK, in_word = 32 / bits;
+    int64_t blocks = in / BLOCK, bits = bits_of(form), in_word = 32 / bits;
 #pragma omp parallel for schedule(static) num_threads(num_threads)
     for (int64_t i = 0; i < num_panels(half, out); i++) {
         columns_t columns = columns_of(i, half, out);
         for (int64_t b = 0; b < blocks; b++)
             for (int64_t c = 0; c < TILE_WIDTH; c++) {
                 int64_t row = columns.start + c, is_used = c < columns.width;
-                uint32_t *to = panels + i * words_of_panel(in, bits) +
-                               b * words_of_block(bits) * TILE_WIDTH;
+                uint32_t *to = panels + i * words_of_panel(in, form) +
+                               b * words_of_block(form) * TILE_WIDTH;
                 if (bits < 16) {
                     ((uint16_t *)to)[c] = is_used ? steps[row * blocks + b] : 0;
                     ((uint16_t *)to)[TILE_WIDTH + c] = is_used ? bases[row * blocks + b] : 0;
                     to += TILE_WIDTH;
                 }
                 for (int64_t k = 0; k < BLOCK; k += in_word, to += TILE_WIDTH) {
+                    const uint16_t *from = numbers + row * in + b * BLOCK + k;
+                    if (form == FP16) {
+                        ((uint16_t *)to)[c] = is_used ? from[0] : 0;
+                        ((uint16_t *)to)[TILE_WIDTH + c] = is_used ? from[1] : 0;
+                        continue;
+                    }
                     to[c] = 0;
                     for (int64_t j = 0; is_used && j < in_word; j++)
-                        to[c] |= (uint32_t)numbers[row * in + b * BLOCK + k + j] << (j * bits);
+                        to[c] |= (uint32_t)from[j] << (j * bits);
                 }
             }
     }
@@ -121,10 +127,10 @@ static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
     int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, threads = omp_get_num_threads();
     sweep_t s = {w, x, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
     s.halves = w->half < w->out ? 2 : 1;
-    s.panel_words = words_of_panel(w->in, w->bits);
+    s.panel_words = words_of_panel(w->in, w->form);
     s.distance = passes > 1 ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
     s.lines = passes ? (s.panel_words / LINE + s.lots * passes - 1) / (s.lots * passes) : 0;
-    if (w->bits < 32 && passes > 1) s.widened = room_of_thread(s.halves * TILE_WIDTH * w->in);
+    if (w->form && passes > 1) s.widened = room_of_thread(s.halves * TILE_WIDTH * w->in);
     s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
     s.passes_left = (num_panels(w->half, w->out) + threads - 1) / threads * passes;
     if (adds && any_fills_tile(adds, rows)) shrink_tiles(adds, x, rows, w->in);
@@ -150,11 +156,11 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
     if (widened && pass > 0)
         multiply_rows(s->x + r * in, in, widened, y, y_stride, in, rows, columns.width, panels,
                       factors);
-    else if (s->w->bits < 32) {
+    else if (s->w->form) {
         panels.lines *= s->passes > 1 ? BLOCK / TILE_STEP : 0; /* it fetches what comes next itself */
         factors.lines *= BLOCK / TILE_STEP;
         multiply_packed(s->x + r * in, in, (const uint32_t *)at, y, y_stride, in, rows,
-                        columns.width, s->w->bits, widened, panels, factors);
+                        columns.width, s->w->form, widened, panels, factors);
     } else if (s->passes == 1 && rows <= STREAM_ROWS)
         stream_rows(s->x, in, at, y, y_stride, in, rows, columns.width, factors);
     else

@@ -23,7 +23,7 @@ def _all(kind: Any, names: str) -> _Fields:
 class Matrix(ctypes.Structure):
     """matrix_t."""
 
-    _fields_ = [*_all(c_void_p, "panels scales"), *_all(c_int64, "num_in num_out half terms bits")]
+    _fields_ = [*_all(c_void_p, "panels scales"), *_all(c_int64, "num_in num_out half terms form")]
 
 
 class LowRank(ctypes.Structure):

@@ -1,6 +1,7 @@
 """Matrices in fewer bits: found where exact, refused where not, multiplied to the very same."""
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,16 +22,16 @@ from torch import Tensor
 
 from core.huge_pages import Arena
 from core.kernels import panel_linear
-from core.kernels.packed_weights import BLOCK, PackedWeights, pack_exactly
+from core.kernels.packed_weights import BLOCK, Form, PackedWeights, pack_exactly
 from core.kernels.panel_linear import PanelLinear
 
 
 def on_grid(kind: str, num_out: int, num_in: int, seed: int = 0) -> Tensor:
-    """A matrix as it comes out of a GGUF file, or of one in bf16."""
+    """A matrix as it comes out of a GGUF file, or of one in bf16 or fp16."""
     rng = torch.Generator().manual_seed(seed)
     weight_OI = torch.randn(num_out, num_in, generator=rng) * 0.1
-    if kind == "bf16":
-        return weight_OI.bfloat16().float()
+    if kind in ("bf16", "fp16"):
+        return weight_OI.to(torch.bfloat16 if kind == "bf16" else torch.float16).float()
     weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
     least_OG1, most_OG1 = weight_OGB.amin(2, keepdim=True), weight_OGB.amax(2, keepdim=True)
     size_OG1 = weight_OGB.abs().amax(2, keepdim=True)
@@ -50,16 +51,26 @@ def on_grid(kind: str, num_out: int, num_in: int, seed: int = 0) -> Tensor:
 
 def given_back(packed: PackedWeights) -> Tensor:
     """The matrix that `packed` stands for, by fp64."""
-    if packed.bits == 16:
-        return packed.number_OI.view(torch.bfloat16).float()
+    if packed.form in (Form.FP16, Form.BF16):
+        dtype = torch.float16 if packed.form is Form.FP16 else torch.bfloat16
+        return packed.number_OI.view(dtype).float()
     assert packed.step_OG is not None and packed.base_OG is not None
-    assert packed.number_OI.min() >= 0 and packed.number_OI.max() < 2**packed.bits
+    most = 15 if packed.form is Form.GRID_4 else 255
+    assert packed.number_OI.min() >= 0 and packed.number_OI.max() <= most
     number_OGB = packed.number_OI.double().unflatten(1, (-1, BLOCK))
     step, base = packed.step_OG.double()[..., None], packed.base_OG.double()[..., None]
     return (number_OGB * step + base).float().flatten(1)
 
 
-KINDS = {"q4_1": 4, "q4_0": 4, "q8_0": 8, "bf16": 16}
+KINDS = {
+    "q4_1": Form.GRID_4,
+    "q4_0": Form.GRID_4,
+    "q8_0": Form.GRID_8,
+    "bf16": Form.BF16,
+    "fp16": Form.FP16,
+}
+WORDS = {Form.GRID_4: 5, Form.GRID_8: 9, Form.BF16: 16, Form.FP16: 16}
+"""Of 32 weights, with a grid's steps and bases."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +78,7 @@ KINDS = {"q4_1": 4, "q4_0": 4, "q8_0": 8, "bf16": 16}
 def test_the_smallest_exact_form_is_found(kind: str, shape: tuple[int, int]) -> None:
     weight_OI = on_grid(kind, *shape)
     packed = pack_exactly(weight_OI)
-    assert packed is not None and packed.bits == KINDS[kind]
+    assert packed is not None and packed.form is KINDS[kind]
     assert given_back(packed).equal(weight_OI)
 
 
@@ -140,8 +151,7 @@ def test_products_are_those_of_fp32_bit_for_bit(
     own = PanelLinear(formed, Arena(), weight_OI)
     unpacked(monkeypatch)
     expected = PanelLinear(formed, Arena(), weight_OI)
-    words = {4: 5, 8: 9, 16: 16}[KINDS[kind]]  # of 32, with a grid's steps and bases
-    assert own.num_bytes * 32 == expected.num_bytes * words
+    assert own.num_bytes * 32 == expected.num_bytes * WORDS[KINDS[kind]]
     for num_rows in ROWS:
         x_TI = torch.randn(num_rows, num_in, generator=torch.Generator().manual_seed(num_rows))
         assert own(x_TI).equal(expected(x_TI)), num_rows
@@ -168,18 +178,19 @@ def test_extreme_steps_are_widened_exactly(formed: ctypes.CDLL) -> None:
     number = torch.arange(BLOCK).remainder(16).float()
     weight_OI = base[:, None] + number * step[:, None]
     packed = PackedWeights(
-        4, number.to(torch.int16).repeat(6, 1), step.half()[:, None], base.half()[:, None]
+        Form.GRID_4, number.to(torch.int16).repeat(6, 1), step.half()[:, None], base.half()[:, None]
     )
     assert given_back(packed).equal(weight_OI)
     linear = PanelLinear(formed, Arena(), weight_OI, packed=packed)
     assert linear(torch.eye(BLOCK)).equal(weight_OI.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_an_engine_computes_the_same_with_half_the_bytes(
-    tmp_path, adapters, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tmp_path: Path, adapters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint saved in bf16, prompts and decodes, base and adapters in one batch."""
-    path = write_tiny_llama(tmp_path / "bf16", dtype=torch.bfloat16)
+    """A checkpoint saved in halves, prompts and decodes, base and adapters in one batch."""
+    path = write_tiny_llama(tmp_path / "halves", dtype=dtype)
     found, sizes = [], []
     for _ in range(2):
         engine = small_engine(path, MemoryFactorSource.of(*adapters.values()))
