@@ -1,11 +1,11 @@
 /* Products with a panel whose weights take fewer bits than 32 and mean the very same: they are
  * widened to fp32 in registers, so the sums are those of a panel of fp32, bit for bit.
  *
- * A panel is [in / BLOCK][words_of_block(form)][TILE_WIDTH] words. A word has the next weights
- * of one output, the first in its lowest bits: bf16, or numbers on a grid of 8 or 4 bits, which stand
- * for number * step + base. A block of a grid begins with its outputs' steps and then their bases, in
- * fp16. Of fp16 two features' rows of weights stand in a row of words, one after the other. `in` is a
- * multiple of BLOCK.
+ * A panel is [in / BLOCK][words_of_block(form)][TILE_WIDTH] words. A word has the next weights of
+ * one output, the first in its lowest bits: bf16, or numbers on a grid of 8 or 4 bits, which stand
+ * for number * step + base. A block of a grid begins with its outputs' steps and then their bases,
+ * in fp16. Of fp16 two features' rows of weights stand in a row of words, one after the other. `in`
+ * is a multiple of BLOCK.
  */
 #pragma once
 
@@ -21,7 +21,9 @@ typedef uint32_t words_t __attribute__((vector_size(4 * WIDE), aligned(4), may_a
 typedef int32_t ints_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef uint16_t halves_t __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
 
-INLINE int bits_of(int64_t form) { return form == GRID_4 ? 4 : form == GRID_8 ? 8 : form ? 16 : 32; }
+INLINE int bits_of(int64_t form) {
+    return form == GRID_4 ? 4 : form == GRID_8 ? 8 : form == FP32 ? 32 : 16;
+}
 
 INLINE int64_t words_of_block(int64_t form) { return bits_of(form) + (bits_of(form) < 16); }
 
@@ -43,8 +45,8 @@ INLINE wide_t wide_of_halves(const void *from) {
 #endif
 }
 
-/* The weights in the lowest bits of each word. Words are shifted on by a constant, weight by weight:
- * a count in a general register costs a tenth of a product. */
+/* The weights in the lowest bits of each word. Words are shifted on by a constant, weight by
+ * weight: a count in a general register costs a tenth of a product. */
 INLINE wide_t widen(words_t word, const int form, wide_t step, wide_t base) {
     if (form == BF16) return (wide_t)(word << 16);
     ints_t number = (ints_t)(word & (form == GRID_8 ? 0xff : 0xf));

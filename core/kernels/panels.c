@@ -98,7 +98,8 @@ static int has_lone_row(const low_rank_t *adds, int64_t row, int64_t rows) {
  * A panel is read from memory once and then used from the cache for all rows. With one pass over it
  * its own next features are fetched ahead; with several, each pass fetches its share of the next
  * panel, so that memory is read all the time and not only in first passes. What adapters add to a
- * tile goes there while it is in the cache; the last passes fetch the factors of lone rows. */
+ * tile goes there while it is in the cache; the last passes fetch the factors of lone rows. Where
+ * there are several, the first widens a packed panel into `widened` for the others. */
 typedef struct {
     const matrix_t *w;
     const float *x;
@@ -157,7 +158,8 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
         multiply_rows(s->x + r * in, in, widened, y, y_stride, in, rows, columns.width, panels,
                       factors);
     else if (s->w->form) {
-        panels.lines *= s->passes > 1 ? BLOCK / TILE_STEP : 0; /* it fetches what comes next itself */
+        /* One pass alone fetches what comes next of the panel itself. */
+        panels.lines *= s->passes > 1 ? BLOCK / TILE_STEP : 0;
         factors.lines *= BLOCK / TILE_STEP;
         multiply_packed(s->x + r * in, in, (const uint32_t *)at, y, y_stride, in, rows,
                         columns.width, s->w->form, widened, panels, factors);
