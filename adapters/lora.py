@@ -32,7 +32,6 @@ from adapters.peft_targets import (
     PatternMatcher,
     claimed_modules,
     first_matching_pattern,
-    module_path,
 )
 from adapters.peft_tensors import FLOATS, PeftTensors, check_finite, tensor_name
 from core.factors import ModuleKey
@@ -52,7 +51,7 @@ def read_lora(
     specs = _read_modules(config, base)
     own = PeftTensors(tensors)
     names = {_weight_name(spec, side) for spec in specs for side in ("a", "b")}
-    own.refuse_others(names, {module_path(spec.key) for spec in specs})
+    own.refuse_others(names, {spec.key.path for spec in specs})
     parts = [_read_factor(own, spec, side) for spec, side in factor_order(specs)]
     dtype = reduce(torch.promote_types, {part.dtype for part in parts})
     values = torch.cat([part.to(dtype) for part in parts])
@@ -85,7 +84,7 @@ class _Scaling:
 
     def rank_and_scale(self, key: ModuleKey) -> tuple[int, float]:
         """The rank of one module and the factor that its increment is multiplied with."""
-        path = module_path(key)
+        path = key.path
         rank_pattern = first_matching_pattern(self._ranks, path, self._matcher)
         alpha_pattern = first_matching_pattern(self._alphas, path, self._matcher)
         rank, alpha = self._rank, self._alpha
@@ -97,7 +96,7 @@ class _Scaling:
 
 
 def _weight_name(spec: ModuleSpec, side: str) -> str:
-    return tensor_name(module_path(spec.key), f"lora_{side.upper()}.weight")
+    return tensor_name(spec.key.path, f"lora_{side.upper()}.weight")
 
 
 def _read_factor(tensors: PeftTensors, spec: ModuleSpec, side: Side) -> Tensor:

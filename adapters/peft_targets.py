@@ -16,18 +16,11 @@ import regex  # type: ignore[import-untyped]  # ships no types
 from adapters.errors import MalformedAdapterError, UnsupportedAdapterError
 from core.factors import PROJECTIONS, ModuleKey
 
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _MAX_PATTERN_CHARS = 65_536
 _DEADLINE_SECONDS = 2.0
 _DEFAULT_TARGETS = ("q_proj", "v_proj")  # PEFT's for Llama, LoRA and VB-LoRA alike
 
 Predicate = Callable[[str], bool]
-
-
-def module_path(key: ModuleKey) -> str:
-    """The name of a linear layer in transformers' LlamaForCausalLM."""
-    block = "self_attn" if key.projection in _ATTENTION else "mlp"
-    return f"model.layers.{key.layer}.{block}.{key.projection}"
 
 
 def all_modules(num_layers: int) -> list[ModuleKey]:
@@ -85,9 +78,7 @@ def claimed_modules(config: Mapping[str, Any], num_layers: int) -> list[ModuleKe
     excluded = _exclude_predicate(config, matcher)
     _refuse_other_targets(num_layers, lambda name: targeted(name) and not excluded(name))
     modules = [
-        key
-        for key in all_modules(num_layers)
-        if targeted(path := module_path(key)) and not excluded(path)
+        key for key in all_modules(num_layers) if targeted(path := key.path) and not excluded(path)
     ]
     if not modules:
         raise MalformedAdapterError(

@@ -28,7 +28,7 @@ from adapters.compact import CompactVBLoRA, index_dtype
 from adapters.errors import MalformedAdapterError
 from adapters.layout import ModuleSpec, Side, factor_order, in_layout_order, module_spec
 from adapters.peft_config import check_features, positive_int
-from adapters.peft_targets import claimed_modules, module_path
+from adapters.peft_targets import claimed_modules
 from adapters.peft_tensors import FLOATS, PeftTensors, check_finite, tensor_name
 from adapters.vblora_checks import Factor, check_indices, check_weights
 from core.model_config import BaseInfo
@@ -70,7 +70,7 @@ def read_vblora(
     geometry = _read_geometry(config)
     specs = _read_modules(config, geometry, base)
     own = PeftTensors(tensors)
-    own.refuse_others(_expected_names(specs), {module_path(spec.key) for spec in specs})
+    own.refuse_others(_expected_names(specs), {spec.key.path for spec in specs})
     bank_HB = own.take(BANK_NAME, (geometry.num_vectors, geometry.vector_length), FLOATS)
     check_finite(BANK_NAME, bank_HB)
     parts = [_read_factor(own, spec, side, geometry) for spec, side in factor_order(specs)]
@@ -107,7 +107,7 @@ def _read_modules(
         for what, features in (("in", spec.in_features), ("out", spec.out_features)):
             if features % geometry.vector_length:
                 raise MalformedAdapterError(
-                    f"{module_path(spec.key)}: {what}_features {features} of the base is not "
+                    f"{spec.key.path}: {what}_features {features} of the base is not "
                     f"divisible by vector_length {geometry.vector_length}"
                 )
     return specs
@@ -121,7 +121,7 @@ def _expected_names(specs: Sequence[ModuleSpec]) -> set[str]:
 
 def logits_name(spec: ModuleSpec, side: str) -> str:
     """The name of a factor's full logits; a top-k factor's two tensors add a suffix."""
-    return tensor_name(module_path(spec.key), f"vblora_logits_{side.upper()}")
+    return tensor_name(spec.key.path, f"vblora_logits_{side.upper()}")
 
 
 def _read_factor(

@@ -10,6 +10,7 @@ from core.errors import InvalidRequestError
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "int8-weights"]
+Vertical = Literal["factored", "expanded"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class EngineConfig:
     dtype                    "auto" is bfloat16 on cuda, float32 on the CPU
     quantize                 "int8" rounds the base's matrices at load, and what they multiply to 8
                              bits; "int8-weights" leaves that 15; on the CPU in fp32 alone
+    vertical                 how a vertical base runs: "factored" over one matrix per chunk, or with
+                             each layer "expanded" to its own (see `layer_matrices`)
     kv_cache_bytes           None: 60 % of the free memory on cuda after loading, 1 GiB on the CPU
     page_size                tokens per KV page
     max_model_len            None: the model's own
@@ -35,6 +38,7 @@ class EngineConfig:
     device: Device = "auto"
     dtype: DType = "auto"
     quantize: Quantize = "none"
+    vertical: Vertical = "factored"
     kv_cache_bytes: int | None = None
     page_size: int = 16
     max_model_len: int | None = None
@@ -47,11 +51,12 @@ class EngineConfig:
     compiled_kernels: bool = True
 
     def __post_init__(self) -> None:
-        if self.quantize not in get_args(Quantize):
-            raise InvalidRequestError(
-                f"quantize is {self.quantize!r}, must be one of {', '.join(get_args(Quantize))}",
-                param="quantize",
-            )
+        for name, allowed in (("quantize", get_args(Quantize)), ("vertical", get_args(Vertical))):
+            if getattr(self, name) not in allowed:
+                raise InvalidRequestError(
+                    f"{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}",
+                    param=name,
+                )
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:

@@ -17,12 +17,20 @@ from torch import Tensor
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama block that an adapter may change, in the order of the forward."""
 
+_MLP_PROJECTIONS = frozenset({"gate_proj", "up_proj", "down_proj"})
+
 
 class ModuleKey(NamedTuple):
     """Which linear layer: the decoder layer's index and one of `PROJECTIONS`."""
 
     layer: int
     projection: str
+
+    @property
+    def path(self) -> str:
+        """Its name in transformers' LlamaForCausalLM."""
+        block = "mlp" if self.projection in _MLP_PROJECTIONS else "self_attn"
+        return f"model.layers.{self.layer}.{block}.{self.projection}"
 
 
 class LowRankPair(NamedTuple):

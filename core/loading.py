@@ -44,7 +44,8 @@ def load_engine(
     model_config = read_model_config(Path(path))
     library = _kernels(device, dtype) if config.compiled_kernels else None
     makers = _makers(config, library)
-    weights = _load_weights(Path(path), model_config, device, dtype, makers)
+    factored = config.vertical == "factored"
+    weights = _load_weights(Path(path), model_config, device, dtype, makers, factored)
     layers = (
         CpuLayers(model_config, weights, library) if library else TorchLayers(model_config, weights)
     )
@@ -57,17 +58,18 @@ def _load_weights(
     device: torch.device,
     dtype: torch.dtype,
     makers: LinearMakers,
+    factored: bool,
 ) -> ModelWeights:
     """On the CPU in a thread that ends with it, since packing computes with several threads.
 
     OpenMP keeps a pool for each thread that has done so; with more pooled threads than cores
     (GNU's) they sleep between any two parallel loops of a step instead of spinning.
     """
-    arguments = path, model_config, device, dtype, makers
+    load = partial(load_weights, path, model_config, device, dtype, makers, factored=factored)
     if device.type != "cpu":
-        return load_weights(*arguments)
+        return load()
     with ThreadPoolExecutor(1, "load-weights") as passing:
-        return passing.submit(load_weights, *arguments).result()
+        return passing.submit(load).result()
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> CDLL | None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers import LlamaConfig as HFLlamaConfig
 
 from core.errors import UnsupportedModelError
+from core.vertical import VERTICAL_MODEL_TYPE, VerticalConfig, read_vertical_config
 
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
@@ -24,7 +25,10 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Geometry and constants of one Llama-family model. `hf` is transformers' own config."""
+    """Geometry and constants of one Llama-family model. `hf` is transformers' own config.
+
+    `vertical` says how the layers of a vertical base are made of chunks.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +43,7 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
     bos_token_id: int | None
     hf: HFLlamaConfig = field(repr=False, compare=False)
+    vertical: VerticalConfig | None = field(default=None, repr=False)
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """(out_features, in_features) of one of `factors.PROJECTIONS`."""
@@ -84,12 +89,22 @@ def read_model_config(path: Path) -> ModelConfig:
         raise UnsupportedModelError(
             f"{path} has no config.json: not a Hugging Face model directory"
         )
-    model_type = _model_type(path / "config.json")
-    if model_type != "llama":
+    file = path / "config.json"
+    content = _content(file)
+    model_type = content.get("model_type")
+    if model_type not in ("llama", VERTICAL_MODEL_TYPE):
         raise UnsupportedModelError(
-            f"{path} is a {model_type!r} model; only model_type 'llama' is served"
+            f"{path} is a {model_type!r} model; only model_type 'llama' and "
+            f"{VERTICAL_MODEL_TYPE!r} are served"
         )
-    hf = AutoConfig.from_pretrained(path)
+    vertical = None
+    if model_type == VERTICAL_MODEL_TYPE:
+        # transformers, which does not know the type, would load it with random layers otherwise
+        plain = {key: value for key, value in content.items() if key != "vertical"}
+        hf = HFLlamaConfig.from_dict(plain | {"model_type": "llama"})
+        vertical = read_vertical_config(file, content.get("vertical"), hf.num_hidden_layers)
+    else:
+        hf = AutoConfig.from_pretrained(path)
     _refuse_unsupported(path, hf)
     return ModelConfig(
         vocab_size=hf.vocab_size,
@@ -105,17 +120,18 @@ def read_model_config(path: Path) -> ModelConfig:
         eos_token_ids=_eos_token_ids(path, hf),
         bos_token_id=hf.bos_token_id,
         hf=hf,
+        vertical=vertical,
     )
 
 
-def _model_type(file: Path) -> object:
+def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except ValueError as error:
         raise UnsupportedModelError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{file} is {content!r}, must be a JSON object")
-    return content.get("model_type")
+    return content
 
 
 def _refuse_unsupported(path: Path, hf: Any) -> None:
@@ -167,6 +183,8 @@ def weight_files(path: Path) -> list[Path]:
 def _fingerprint(path: Path, config: ModelConfig) -> str:
     rope = json.dumps(config.hf.rope_parameters, sort_keys=True)
     digest = hashlib.sha256(f"{config!r} {rope}".encode())
+    if config.vertical is not None:
+        digest.update(repr(config.vertical).encode())
     for file in weight_files(path):
         for part in _samples(file):
             digest.update(part)

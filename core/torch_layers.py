@@ -15,8 +15,8 @@ from core.batch import Batch
 from core.kv_storage import KVStorage
 from core.linear import Linear
 from core.model_config import ModelConfig
-from core.torch_ops import rms_norm, rotate_and_store, silu_mul
-from core.weights import LayerWeights, ModelWeights
+from core.torch_ops import add_increments, rms_norm, rotate_and_store, silu_mul
+from core.weights import FUSED_PROJECTIONS, LayerWeights, ModelWeights
 
 QKV, OUT, GATE_UP, DOWN = range(4)  # places in weights.FUSED_PROJECTIONS
 
@@ -68,21 +68,28 @@ class TorchLayers:
         adapters: StackBinding | None,
         cos_sin: tuple[Tensor, Tensor],
     ) -> Tensor:
-        qkv_TO = _project(layer.qkv, h_TH, adapters, index, QKV)
+        qkv_TO = _project(layer, layer.qkv, h_TH, adapters, index, QKV)
         query_TND = rotate_and_store(qkv_TO, cos_sin, kv, index, batch.kv_slot_T)
         mixed_TH = attention(query_TND, kv, index, batch).contiguous().flatten(1)
-        return _project(layer.o, mixed_TH, adapters, index, OUT)
+        return _project(layer, layer.o, mixed_TH, adapters, index, OUT)
 
 
 def _mlp(index: int, layer: LayerWeights, h_TH: Tensor, adapters: StackBinding | None) -> Tensor:
-    gate_up_T2I = _project(layer.gate_up, h_TH, adapters, index, GATE_UP)
-    return _project(layer.down, silu_mul(gate_up_T2I), adapters, index, DOWN)
+    gate_up_T2I = _project(layer, layer.gate_up, h_TH, adapters, index, GATE_UP)
+    return _project(layer, layer.down, silu_mul(gate_up_T2I), adapters, index, DOWN)
 
 
 def _project(
-    matrix: Linear, x_TI: Tensor, adapters: StackBinding | None, layer: int, fused: int
+    weights: LayerWeights,
+    matrix: Linear,
+    x_TI: Tensor,
+    adapters: StackBinding | None,
+    layer: int,
+    fused: int,
 ) -> Tensor:
     y_TO = matrix(x_TI)
+    if weights.increments:
+        add_increments(weights.increments, FUSED_PROJECTIONS[fused], x_TI, y_TO)
     if adapters is not None:
         adapters.add(layer, fused, x_TI, y_TO)
     return y_TO

@@ -6,10 +6,13 @@ heads, D head dimension, O = (N + 2 K) D.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.factors import LowRankPair
 from core.kv_storage import KVStorage
 
 
@@ -38,6 +41,20 @@ def rotate_and_store(
     kv.keys[layer].index_copy_(0, slot_T, rotated[:, num_heads:])
     kv.values[layer].index_copy_(0, slot_T, heads[:, num_rotated:])
     return rotated[:, :num_heads]
+
+
+def add_increments(
+    increments: Mapping[str, LowRankPair], names: Sequence[str], x_TI: Tensor, y_TO: Tensor
+) -> None:
+    """Add the increments of `names` to their outputs, which stand behind each other in `y_TO`."""
+    if names[0] not in increments:  # all of a fused matrix's projections have one, or none
+        return
+    start = 0
+    for name in names:
+        pair = increments[name]
+        end = start + pair.b_RO.shape[1]
+        y_TO[:, start:end].addmm_(x_TI @ pair.a_RI.T, pair.b_RO, alpha=pair.scale)
+        start = end
 
 
 def _rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:

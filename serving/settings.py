@@ -122,6 +122,11 @@ class Settings(BaseSettings):
         description="Round the base at load: int8 is fastest, int8-weights nearer to fp32's "
         "answers; on the CPU alone.",
     )
+    vertical: Literal["factored", "expanded"] = Field(
+        "factored",
+        description="How a vertical base runs: over one matrix per chunk of layers, or each layer "
+        "with its own.",
+    )
     kv_cache_bytes: ByteSize | None = Field(
         None, ge=1, description="Memory of the KV cache. Default: 1GiB, on cuda most of the rest."
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from core.batch import AdapterRows
-from core.factors import PROJECTIONS, AdapterFactors
+from core.factors import PROJECTIONS, AdapterFactors, LowRankPair
 from core.kernels.structs import PAIR, SEGMENT
 from core.model_config import ModelConfig
 from core.weights import FUSED_PROJECTIONS
@@ -81,7 +81,7 @@ class AdapterTables:
         table = self._tables.get(factors.digest)
         if table is None or table.factors() is not factors:
             pairs = _pairs(factors, self._config)
-            table = _Table(weakref.ref(factors), pairs, _inner_width(pairs))
+            table = _Table(weakref.ref(factors), pairs, inner_width(pairs))
             self._tables[factors.digest] = table
         self._tables.move_to_end(factors.digest)
         while len(self._tables) > _MAX_TABLES:
@@ -90,17 +90,29 @@ class AdapterTables:
 
 
 def _pairs(factors: AdapterFactors, config: ModelConfig) -> npt.NDArray[np.void]:
-    table = np.zeros(config.num_layers * len(PROJECTIONS), dtype=PAIR)
+    by_layer: list[dict[str, LowRankPair]] = [{} for _ in range(config.num_layers)]
     for key, pair in factors.pairs.items():
+        by_layer[key.layer][key.projection] = pair
+    return np.concatenate([pair_records(pairs) for pairs in by_layer])
+
+
+def pair_records(pairs: Mapping[str, LowRankPair]) -> npt.NDArray[np.void]:
+    """One layer's `PAIR` records in `PROJECTIONS`' order, of rank 0 where there is no pair.
+
+    They hold addresses: valid while the tensors live.
+    """
+    table = np.zeros(len(PROJECTIONS), dtype=PAIR)
+    for name, pair in pairs.items():
         for tensor in (pair.a_RI, pair.b_RO):
             if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise TypeError(f"factors of {key} are not contiguous fp32, see AdapterFactors")
-        place = key.layer * len(PROJECTIONS) + PROJECTIONS.index(key.projection)
-        table[place] = (pair.a_RI.data_ptr(), pair.b_RO.data_ptr(), len(pair.a_RI), pair.scale)
+                raise TypeError(f"factors of {name} are not contiguous fp32, see AdapterFactors")
+        addresses = pair.a_RI.data_ptr(), pair.b_RO.data_ptr()
+        table[PROJECTIONS.index(name)] = (*addresses, len(pair.a_RI), pair.scale)
     return table
 
 
-def _inner_width(pairs: npt.NDArray[np.void]) -> int:
+def inner_width(pairs: npt.NDArray[np.void]) -> int:
+    """The most ranks that the projections of one fused matrix have together, over whole layers."""
     ranks = pairs["rank"].reshape(-1, len(PROJECTIONS))
     firsts = np.cumsum([0, *(len(names) for names in FUSED_PROJECTIONS[:-1])])
     return int(np.add.reduceat(ranks, firsts, axis=1).max(initial=0))

@@ -13,7 +13,7 @@ from ctypes import POINTER, byref, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from core.kernels.structs import LowRank, Matrix
+from core.kernels.structs import Increments, LowRank, Matrix
 
 
 class CompiledLinear:
@@ -29,13 +29,15 @@ class CompiledLinear:
         self._packed = packed  # `matrix` holds their addresses
         self._multiply = library.multiply
         self._multiply.argtypes = [POINTER(Matrix), *[c_void_p] * 2, c_int64]
-        self._multiply.argtypes += [POINTER(LowRank), c_int]
+        self._multiply.argtypes += [POINTER(Increments), POINTER(LowRank), c_int]
 
     def shares_storage_with(self, tensor: Tensor) -> bool:
         """Never: the packed form is a copy."""
         return False
 
-    def __call__(self, x_TI: Tensor, adds: LowRank | None = None) -> Tensor:
+    def __call__(
+        self, x_TI: Tensor, adds: LowRank | None = None, increments: Increments | None = None
+    ) -> Tensor:
         """Multiply; returns a new tensor that the caller may change in place."""
         x_TI = x_TI.contiguous()
         y_TO = x_TI.new_empty(len(x_TI), self.out_features)
@@ -44,6 +46,7 @@ class CompiledLinear:
             x_TI.data_ptr(),
             y_TO.data_ptr(),
             len(x_TI),
+            None if increments is None else byref(increments),
             None if adds is None else byref(adds),
             torch.get_num_threads(),
         )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, byref, c_int, c_int64
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from core.batch import Batch
 from core.factors import PROJECTIONS
-from core.kernels.adapter_tables import AdapterTables, Segments
+from core.kernels.adapter_tables import AdapterTables, Segments, inner_width, pair_records
 from core.kernels.compiled_linear import CompiledLinear
 from core.kernels.structs import Layer, Matrix, Model, Step
 from core.kv_storage import KVStorage
@@ -33,7 +35,10 @@ class CpuLayers:
         library.workspace_floats.restype = c_int64
         self._library, self._weights = library, weights
         self._tables = AdapterTables(config)
-        self._layers = (Layer * config.num_layers)(*(_layer(layer) for layer in weights.layers))
+        self._increments = [pair_records(layer.increments) for layer in weights.layers]
+        self._layers = (Layer * config.num_layers)(
+            *map(_layer, weights.layers, self._increments, [*weights.layers[1:], None])
+        )
         self._model = Model(
             layers=ctypes.addressof(self._layers),
             last_norm=weights.norm_H.data_ptr(),
@@ -41,6 +46,7 @@ class CpuLayers:
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            most_ranks=max(map(inner_width, self._increments)),
             outs=tuple(config.projection_shape(name)[0] for name in PROJECTIONS),
             eps=config.rms_norm_eps,
         )
@@ -73,16 +79,25 @@ class CpuLayers:
         self._tables.check_integrity()
 
 
-def _layer(weights: LayerWeights) -> Layer:
-    matrices = (weights.qkv, weights.o, weights.gate_up, weights.down)
+def _layer(
+    weights: LayerWeights, increments: npt.NDArray[np.void], following: LayerWeights | None
+) -> Layer:
     norms = weights.input_norm_H.data_ptr(), weights.post_attention_norm_H.data_ptr()
-    return Layer(*norms, *map(_matrix, matrices))
+    nexts = [None] * 4 if following is None else _linears(following)
+    matrices = map(_matrix, _linears(weights), nexts)
+    return Layer(*norms, *matrices, increments.ctypes.data if weights.increments else None)
 
 
-def _matrix(linear: Linear) -> Matrix:
+def _linears(weights: LayerWeights) -> list[Linear]:
+    return [weights.qkv, weights.o, weights.gate_up, weights.down]
+
+
+def _matrix(linear: Linear, following: Linear | None) -> Matrix:
     if not isinstance(linear, CompiledLinear):
         raise TypeError(f"compiled layers need matrices that kernels read, not {type(linear)}")
-    return linear.matrix
+    matrix = Matrix.from_buffer_copy(linear.matrix)
+    matrix.shared = linear is following
+    return matrix
 
 
 def _step(

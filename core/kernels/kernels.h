@@ -9,10 +9,10 @@ enum { FP32, FP16, BF16, GRID_8, GRID_4 };
 /* A frozen matrix [out, in], packed. `terms` is 0 for panels that are multiplied in fp32, else how
  * many terms of 8 bits an int8 matrix rounds its inputs to; `scales` is int8's. `half` is half of
  * `out` where no panel has outputs of both halves, else `out`. `form` is how a panel has its
- * weights. */
+ * weights. `shared` says that the next layer multiplies with it again. */
 typedef struct {
     const void *panels, *scales;
-    int64_t in, out, half, terms, form;
+    int64_t in, out, half, terms, form, shared;
 } matrix_t;
 
 /* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. */
@@ -27,6 +27,16 @@ typedef struct {
     int64_t start, end;
     const pair_t *pairs;
 } segment_t;
+
+/* What the base itself adds to the product with one matrix, for every row: pairs of the matrix's
+ * projections, of which `outs` has the outputs. x a^T times the scale stands in `inner`, [rows,
+ * inner_stride], a row's projections behind each other. */
+typedef struct {
+    const pair_t *pairs;
+    const int64_t *outs;
+    int64_t num_projections, inner_stride;
+    float *inner;
+} increments_t;
 
 /* What adapters add to the product with one matrix. Its outputs are those of `num_projections`
  * projections, `outs` of each; `first` is the first one's place in every adapter's pairs.
@@ -44,21 +54,23 @@ typedef struct {
     int64_t start, end, before;
 } span_t;
 
-/* y[rows, out] = x[rows, in] w^T, plus what adapters add where `adds` is given. Returns 0, or 1
- * when there is no memory. */
-int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const low_rank_t *adds,
-             int num_threads);
+/* y[rows, out] = x[rows, in] w^T, plus `incs` and what adapters add, where those are given. Returns
+ * 0, or 1 when there is no memory. */
+int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const increments_t *incs,
+             const low_rank_t *adds, int num_threads);
 
 /* y[rows, out / 2] = silu(gate) * up of both halves of what `multiply` gives; `both` [rows, out] is
  * room. */
 int multiply_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
-                   const low_rank_t *adds, int num_threads);
+                   const increments_t *incs, const low_rank_t *adds, int num_threads);
 
 void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
-                     const low_rank_t *adds, int num_threads);
+                     const increments_t *incs, const low_rank_t *adds, int num_threads);
 void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
-                           const low_rank_t *adds, int num_threads);
+                           const increments_t *incs, const low_rank_t *adds, int num_threads);
 int multiply_int8(const matrix_t *w, const float *x, float *y, int64_t rows, int num_threads);
+void add_increments(const increments_t *incs, const float *x, float *y, int64_t rows, int64_t in,
+                    int64_t out, int num_threads);
 void add_low_rank(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,
                   int64_t out, int num_threads);
 

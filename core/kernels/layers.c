@@ -4,19 +4,23 @@
 
 #define NUM_PROJECTIONS 7
 
-/* One layer: its norms and its matrices in the order of the forward. */
+/* One layer: its norms and its matrices in the order of the forward. Where `increments` is given,
+ * it has a pair for each projection, rank 0 where there is none. */
 typedef struct {
     const float *input_norm, *post_attention_norm;
     matrix_t qkv, o, gate_up, down;
+    const pair_t *increments;
 } layer_t;
 
 /* What does not change from step to step. `outs` are the outputs of the projections in their
- * order; keys of layer l begin at keys + l * kv_stride, its values likewise. */
+ * order; keys of layer l begin at keys + l * kv_stride, its values likewise. The projections of one
+ * matrix have at most `most_ranks` ranks of increments. */
 typedef struct {
     const layer_t *layers;
     const float *last_norm;
     float *keys, *values;
     int64_t kv_stride, page_size, num_layers, num_heads, num_kv_heads, head_dim;
+    int64_t most_ranks;
     int64_t outs[NUM_PROJECTIONS];
     double eps;
 } model_t;
@@ -38,30 +42,31 @@ typedef struct {
 enum { QKV, OUT, GATE_UP, DOWN };
 static const int64_t first_projection[] = {0, 3, 4, 6, NUM_PROJECTIONS};
 
-int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const low_rank_t *adds,
-             int num_threads) {
+int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const increments_t *incs,
+             const low_rank_t *adds, int num_threads) {
     if (w->terms == 0) {
-        multiply_panels(w, x, y, rows, adds, num_threads);
+        multiply_panels(w, x, y, rows, incs, adds, num_threads);
         return 0;
     }
     if (multiply_int8(w, x, y, rows, num_threads)) return 1;
+    if (incs) add_increments(incs, x, y, rows, w->in, w->out, num_threads);
     if (adds) add_low_rank(adds, x, y, rows, w->in, w->out, num_threads);
     return 0;
 }
 
 int multiply_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
-                   const low_rank_t *adds, int num_threads) {
+                   const increments_t *incs, const low_rank_t *adds, int num_threads) {
     if (w->terms == 0) {
-        multiply_panels_gated(w, x, both, y, rows, adds, num_threads);
+        multiply_panels_gated(w, x, both, y, rows, incs, adds, num_threads);
         return 0;
     }
-    int failed = multiply(w, x, both, rows, adds, num_threads);
+    int failed = multiply(w, x, both, rows, incs, adds, num_threads);
     silu_mul(both, y, rows, w->half, num_threads);
     return failed;
 }
 
 typedef struct {
-    float *normed, *wide, *mixed, *delta, *inner;
+    float *normed, *wide, *mixed, *delta, *inner, *own_inner;
     segment_t *segments;
     int64_t *segment_of;
 } room_t;
@@ -87,6 +92,7 @@ static int64_t divide(const model_t *m, const step_t *s, room_t *room) {
     room->mixed = take(&at, rows * wider(layer->o.in, layer->down.in));
     room->delta = take(&at, rows * layer->o.out);
     room->inner = take(&at, rows * s->inner_stride);
+    room->own_inner = take(&at, rows * m->most_ranks);
     return at - s->workspace;
 }
 
@@ -149,14 +155,17 @@ int run_layers(const model_t *m, const step_t *s, int num_threads) {
         const layer_t *layer = &m->layers[l];
         int is_last = l + 1 == m->num_layers;
         low_rank_t adds[4], *add[4];
+        increments_t incs[4], *inc[4];
         for (int i = 0; i < 4; i++) {
-            int64_t first = first_projection[i];
+            int64_t first = first_projection[i], count = first_projection[i + 1] - first;
             adds[i] = (low_rank_t){room.segments, room.segment_of, m->outs + first, s->num_segments,
-                                   first_projection[i + 1] - first, l * NUM_PROJECTIONS + first,
-                                   s->inner_stride, room.inner};
+                                   count, l * NUM_PROJECTIONS + first, s->inner_stride, room.inner};
             add[i] = s->num_segments ? &adds[i] : NULL;
+            incs[i] = (increments_t){layer->increments + first, m->outs + first, count,
+                                     m->most_ranks, room.own_inner};
+            inc[i] = layer->increments ? &incs[i] : NULL;
         }
-        failed |= multiply(&layer->qkv, normed, wide, rows, add[QKV], num_threads);
+        failed |= multiply(&layer->qkv, normed, wide, rows, inc[QKV], add[QKV], num_threads);
         rotate_and_store(wide, s->cosines, s->sines, s->slots, m->keys + l * m->kv_stride,
                          m->values + l * m->kv_stride, rows, m->num_heads, m->num_kv_heads,
                          m->head_dim, num_threads);
@@ -165,11 +174,11 @@ int run_layers(const model_t *m, const step_t *s, int num_threads) {
             rows = s->num_wanted;
             keep_wanted(s, &room, hidden, layer->o.in);
         }
-        failed |= multiply(&layer->o, mixed, delta, rows, add[OUT], num_threads);
+        failed |= multiply(&layer->o, mixed, delta, rows, inc[OUT], add[OUT], num_threads);
         rms_norm(s->x, delta, layer->post_attention_norm, normed, rows, hidden, eps, num_threads);
-        failed |= multiply_gated(&layer->gate_up, normed, wide, mixed, rows, add[GATE_UP],
-                                 num_threads);
-        failed |= multiply(&layer->down, mixed, delta, rows, add[DOWN], num_threads);
+        failed |= multiply_gated(&layer->gate_up, normed, wide, mixed, rows, inc[GATE_UP],
+                                 add[GATE_UP], num_threads);
+        failed |= multiply(&layer->down, mixed, delta, rows, inc[DOWN], add[DOWN], num_threads);
         rms_norm(s->x, delta, is_last ? m->last_norm : layer[1].input_norm,
                  is_last ? s->out : normed, rows, hidden, eps, num_threads);
     }

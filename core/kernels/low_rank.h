@@ -1,4 +1,5 @@
-/* What adapters add to a product, in two ways. Rows that fill a tile of the product with one adapter
+/* What is added to a product: the base's own increments, tile by tile for all rows, and what adapters
+ * add, in two ways. Rows that fill a tile of the product with one adapter
  * get theirs tile by tile; all other rows of adapters, lone rows, get theirs when the product is
  * done: each has factors of its own to read, which were fetched meanwhile. All of it runs inside a
  * parallel region. */
@@ -20,6 +21,13 @@ void shrink_tiles(const low_rank_t *adds, const float *x, int64_t rows, int64_t 
 /* Add to columns column..column+width-1 of the tile at `row`; `y` is where they begin. */
 void expand_tile(const low_rank_t *adds, int64_t row, int64_t column, int64_t width, float *y,
                  int64_t y_stride);
+
+/* `inner` of all rows for the base's increments; the threads share the work and wait likewise. */
+void shrink_all(const increments_t *incs, const float *x, int64_t rows, int64_t in);
+
+/* As `expand_tile`, for the base's increments and 1 to TILE_ROWS rows. */
+void expand_rows(const increments_t *incs, int64_t row, int64_t rows, int64_t column, int64_t width,
+                 float *y, int64_t y_stride);
 
 /* Lone rows are dealt to the threads in turns: the first of this thread from `row` on, or `rows`.
  * `number` counts them, from 0. */

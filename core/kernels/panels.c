@@ -97,12 +97,13 @@ static int has_lone_row(const low_rank_t *adds, int64_t row, int64_t rows) {
  *
  * A panel is read from memory once and then used from the cache for all rows. With one pass over it
  * its own next features are fetched ahead; with several, each pass fetches its share of the next
- * panel, so that memory is read all the time and not only in first passes. What adapters add to a
- * tile goes there while it is in the cache; the last passes fetch the factors of lone rows. Where
+ * panel, so that memory is read all the time and not only in first passes. What increments and
+ * adapters add to a tile goes there while it is in the cache; the last passes fetch the factors of lone rows. Where
  * there are several, the first widens a packed panel into `widened` for the others. */
 typedef struct {
     const matrix_t *w;
     const float *x;
+    const increments_t *incs;
     const low_rank_t *adds;
     int64_t rows, passes, halves, lots, lines, distance, panel_words;
     float *widened;
@@ -124,9 +125,9 @@ static float *room_of_thread(int64_t floats) {
 
 /* Begin, in all threads of a region. */
 static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
-                           const low_rank_t *adds) {
+                           const increments_t *incs, const low_rank_t *adds) {
     int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, threads = omp_get_num_threads();
-    sweep_t s = {w, x, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
+    sweep_t s = {w, x, incs, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
     s.halves = w->half < w->out ? 2 : 1;
     s.panel_words = words_of_panel(w->in, w->form);
     s.distance = passes > 1 ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
@@ -134,6 +135,7 @@ static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
     if (w->form && passes > 1) s.widened = room_of_thread(s.halves * TILE_WIDTH * w->in);
     s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
     s.passes_left = (num_panels(w->half, w->out) + threads - 1) / threads * passes;
+    if (incs) shrink_all(incs, x, rows, w->in);
     if (adds && any_fills_tile(adds, rows)) shrink_tiles(adds, x, rows, w->in);
     return s;
 }
@@ -163,20 +165,23 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
         factors.lines *= BLOCK / TILE_STEP;
         multiply_packed(s->x + r * in, in, (const uint32_t *)at, y, y_stride, in, rows,
                         columns.width, s->w->form, widened, panels, factors);
-    } else if (s->passes == 1 && rows <= STREAM_ROWS)
-        stream_rows(s->x, in, at, y, y_stride, in, rows, columns.width, factors);
+    } else if (s->passes == 1 && rows <= STREAM_ROWS && s->w->shared)
+        stream_rows(s->x, in, at, y, y_stride, in, rows, columns.width, factors, AGAIN);
+    else if (s->passes == 1 && rows <= STREAM_ROWS)
+        stream_rows(s->x, in, at, y, y_stride, in, rows, columns.width, factors, ONCE);
     else
         multiply_rows(s->x + r * in, in, at, y, y_stride, in, rows, columns.width, panels, factors);
+    if (s->incs) expand_rows(s->incs, r, rows, columns.start, columns.width, y, y_stride);
     if (s->adds && fills_tile(s->adds, r, rows))
         expand_tile(s->adds, r, columns.start, columns.width, y, y_stride);
 }
 
 void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
-                     const low_rank_t *adds, int num_threads) {
+                     const increments_t *incs, const low_rank_t *adds, int num_threads) {
     int64_t in = w->in, out = w->out;
 #pragma omp parallel num_threads(num_threads)
     {
-        sweep_t sweep = begin_sweep(w, x, rows, adds);
+        sweep_t sweep = begin_sweep(w, x, rows, incs, adds);
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < num_panels(w->half, out); i++)
             for (int64_t p = 0; p < sweep.passes; p++)
@@ -194,11 +199,11 @@ void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
 /* Both halves of a tile are activated while they are in the cache; lone rows, which lack something
  * then, when they have it. */
 void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
-                           const low_rank_t *adds, int num_threads) {
+                           const increments_t *incs, const low_rank_t *adds, int num_threads) {
     int64_t in = w->in, out = w->out, half = w->half, first = panels_for(half);
 #pragma omp parallel num_threads(num_threads)
     {
-        sweep_t sweep = begin_sweep(w, x, rows, adds);
+        sweep_t sweep = begin_sweep(w, x, rows, incs, adds);
         float gate[TILE_ROWS * TILE_WIDTH], up[TILE_ROWS * TILE_WIDTH];
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < first; i++) {

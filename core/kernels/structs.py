@@ -23,7 +23,20 @@ def _all(kind: Any, names: str) -> _Fields:
 class Matrix(ctypes.Structure):
     """matrix_t."""
 
-    _fields_ = [*_all(c_void_p, "panels scales"), *_all(c_int64, "num_in num_out half terms form")]
+    _fields_ = [
+        *_all(c_void_p, "panels scales"),
+        *_all(c_int64, "num_in num_out half terms form shared"),
+    ]
+
+
+class Increments(ctypes.Structure):
+    """increments_t."""
+
+    _fields_ = [
+        *_all(c_void_p, "pairs outs"),
+        *_all(c_int64, "num_projections inner_stride"),
+        ("inner", c_void_p),
+    ]
 
 
 class LowRank(ctypes.Structure):
@@ -42,6 +55,7 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *_all(c_void_p, "input_norm post_attention_norm"),
         *_all(Matrix, "qkv o gate_up down"),
+        ("increments", c_void_p),
     ]
 
 
@@ -51,6 +65,7 @@ class Model(ctypes.Structure):
     _fields_ = [
         *_all(c_void_p, "layers last_norm keys values"),
         *_all(c_int64, "kv_stride page_size num_layers num_heads num_kv_heads head_dim"),
+        ("most_ranks", c_int64),
         ("outs", c_int64 * len(PROJECTIONS)),
         ("eps", c_double),
     ]

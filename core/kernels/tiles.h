@@ -30,6 +30,8 @@ typedef struct {
 
 #define NOTHING ((ahead_t){NULL, 0})
 
+enum { NOT, ONCE, AGAIN }; /* whether a panel streams, and is then used by the next layer too */
+
 INLINE void fetch_lot(ahead_t *ahead) {
     for (int64_t line = 0; line < ahead->lines; line++, ahead->at += LINE)
         __builtin_prefetch(ahead->at, 0, 2);
@@ -37,7 +39,8 @@ INLINE void fetch_lot(ahead_t *ahead) {
 
 /* y[rows, cols] = x[rows, in] times one panel; `rows` and `streams` are constants where this is
  * inlined. Meanwhile, for every TILE_STEP features, some cache lines are fetched. One that streams
- * fetches what comes next of the panel too, feature by feature, and keeps none of it. */
+ * fetches what comes next of the panel too, feature by feature; it keeps none of it unless the next
+ * layer has use for it. */
 INLINE void multiply_tile(const float *restrict x, int64_t x_stride, const float *restrict panel,
                           float *restrict y, int64_t y_stride, int64_t in, const int rows,
                           int64_t cols, ahead_t panels, ahead_t others, const int streams) {
@@ -60,8 +63,11 @@ INLINE void multiply_tile(const float *restrict x, int64_t x_stride, const float
 #pragma GCC unroll 1 /* unrolled, sums would be reordered and leave the registers */
         for (; x_of[0] < lot_end; x_of[0]++, x_of[1]++, x_of[2]++, panel += TILE_WIDTH) {
             if (streams)
-                for (int line = 0; line < TILE_WIDTH; line += LINE)
-                    __builtin_prefetch(panel + FEATURES_AHEAD * TILE_WIDTH + line, 0, 0);
+                for (int line = 0; line < TILE_WIDTH; line += LINE) {
+                    const float *ahead = panel + FEATURES_AHEAD * TILE_WIDTH + line;
+                    if (streams == ONCE) __builtin_prefetch(ahead, 0, 0);
+                    else __builtin_prefetch(ahead, 0, 3);
+                }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
@@ -85,7 +91,7 @@ INLINE void multiply_rows(const float *x, int64_t x_stride, const float *panel, 
                           ahead_t panels, ahead_t others) {
 #define TILE_CASE(n)                                                                         \
     case n:                                                                                  \
-        multiply_tile(x, x_stride, panel, y, y_stride, in, n, cols, panels, others, 0);      \
+        multiply_tile(x, x_stride, panel, y, y_stride, in, n, cols, panels, others, NOT);    \
         break;
     switch (rows) {
         TILE_CASE(1)
@@ -102,12 +108,13 @@ INLINE void multiply_rows(const float *x, int64_t x_stride, const float *panel, 
 #undef TILE_CASE
 }
 
-/* `multiply_tile` for 1 to STREAM_ROWS rows when the panel is used this once. */
+/* `multiply_tile` for 1 to STREAM_ROWS rows when the panel is used once in this product. */
 INLINE void stream_rows(const float *x, int64_t x_stride, const float *panel, float *y,
-                        int64_t y_stride, int64_t in, int64_t rows, int64_t cols, ahead_t others) {
+                        int64_t y_stride, int64_t in, int64_t rows, int64_t cols, ahead_t others,
+                        const int streams) {
 #define STREAM_CASE(n)                                                                       \
     case n:                                                                                  \
-        multiply_tile(x, x_stride, panel, y, y_stride, in, n, cols, NOTHING, others, 1);     \
+        multiply_tile(x, x_stride, panel, y, y_stride, in, n, cols, NOTHING, others, streams); \
         break;
     switch (rows) {
         STREAM_CASE(1)

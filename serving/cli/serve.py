@@ -34,6 +34,7 @@ GROUPS = {
         "device",
         "dtype",
         "quantize",
+        "vertical",
         "kv_cache_bytes",
         "max_model_len",
         "max_num_seqs",

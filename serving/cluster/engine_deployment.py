@@ -179,6 +179,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         device=settings.device,
         dtype=settings.dtype,
         quantize=settings.quantize,
+        vertical=settings.vertical,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapters.peft_targets import module_path
 from core.factors import ModuleKey
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -121,7 +120,7 @@ def load_in_peft(llama: TinyLlama, path: Path) -> PeftModel:
 
 def peft_module(model: PeftModel, key: ModuleKey) -> Any:
     """PEFT's adapted layer."""
-    return model.get_submodule(f"base_model.model.{module_path(key)}")
+    return model.get_submodule(f"base_model.model.{key.path}")
 
 
 def peft_increment(model: PeftModel, key: ModuleKey, x_TI: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ def peft_increment(model: PeftModel, key: ModuleKey, x_TI: Tensor) -> Tensor:
 
 def adapted_keys(model: PeftModel) -> set[ModuleKey]:
     """Every module that PEFT has adapted."""
-    paths = {module_path(ModuleKey(layer, name)): (layer, name) for layer in (0, 1) for name in ALL}
+    paths = {ModuleKey(layer, name).path: (layer, name) for layer in (0, 1) for name in ALL}
     names = (name.removeprefix("base_model.model.") for name, _ in model.named_modules())
     return {ModuleKey(*paths[name]) for name in names if _is_adapted(model, name, paths)}
 

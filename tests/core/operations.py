@@ -16,7 +16,7 @@ from core.factors import PROJECTIONS
 from core.huge_pages import Arena
 from core.kernels.adapter_tables import AdapterTables
 from core.kernels.panel_linear import PanelLinear
-from core.kernels.structs import LowRank, Matrix
+from core.kernels.structs import Increments, LowRank, Matrix
 from core.kv_storage import KVStorage
 from core.linear import FrozenLinear
 from core.model_config import ModelConfig
@@ -30,7 +30,11 @@ GATE_UP = 2
 
 
 def multiply_gated(
-    library: ctypes.CDLL, weight_OI: Tensor, x_TI: Tensor, adds: LowRank | None = None
+    library: ctypes.CDLL,
+    weight_OI: Tensor,
+    x_TI: Tensor,
+    adds: LowRank | None = None,
+    increments: Increments | None = None,
 ) -> Tensor:
     """silu(gate) * up of the halves of the product."""
     library.multiply_gated.argtypes = _SIGNATURES["multiply_gated"]
@@ -44,6 +48,7 @@ def multiply_gated(
         both_TO.data_ptr(),
         y_TI.data_ptr(),
         num_rows,
+        None if increments is None else byref(increments),
         None if adds is None else byref(adds),
         torch.get_num_threads(),
     )
@@ -79,7 +84,9 @@ _SIGNATURES: dict[str, list[Any]] = {
     "decode_attention": [c_void_p, c_int64] + [c_void_p] * 5 + [c_int64] * 6 + [c_int],
     "prompt_attention": [c_void_p, c_int64] + [c_void_p] * 5 + [c_int64] * 6 + [c_int],
     "add_low_rank": [POINTER(LowRank)] + [c_void_p] * 2 + [c_int64] * 3 + [c_int],
-    "multiply_gated": [POINTER(Matrix)] + [c_void_p] * 3 + [c_int64, POINTER(LowRank), c_int],
+    "multiply_gated": [POINTER(Matrix)]
+    + [c_void_p] * 3
+    + [c_int64, POINTER(Increments), POINTER(LowRank), c_int],
 }
 
 

@@ -6,6 +6,7 @@ import stat
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kernel_forms import load_form
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from core.batch import Batch, build_batch
 from core.engine_config import EngineConfig
+from core.factors import LowRankPair
 from core.huge_pages import Arena
 from core.kernels import build
 from core.kernels.panel_linear import PanelLinear
+from core.kernels.structs import PAIR, Increments
 from core.kv_storage import KVStorage
 from core.loading import load_engine
 from core.model_config import ModelConfig, read_model_config
@@ -231,6 +234,41 @@ def test_gated_panels(width: int, formed: ctypes.CDLL) -> None:
         if num_rows:
             expected = silu_mul(x_TI.double() @ weight_OI.double().T)
             assert_near(own, expected.float(), relative=3e-6)
+
+
+INCREMENTS = {  # by width of the projections and their ranks
+    "one": ([60], [5]),
+    "three": ([48, 20, 33], [8, 8, 8]),
+    "long_and_none": ([100, 7], [70, 0]),
+    "gated": ([50, 50], [3, 6]),
+}
+
+
+@pytest.mark.parametrize("kind", INCREMENTS)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 23])
+def test_increments_of_all_rows(kind: str, num_rows: int, formed: ctypes.CDLL) -> None:
+    """Within the product of panels, and gated, against fp64; what is not written is NaN."""
+    outs, ranks = INCREMENTS[kind]
+    x_TI, weight_OI = noise(num_rows, 37, seed=1), noise(sum(outs), 37, seed=2)
+    pairs = [
+        LowRankPair(noise(rank, 37, seed=3 + n), noise(rank, out, seed=30 + n), 0.5 + n)
+        for n, (out, rank) in enumerate(zip(outs, ranks, strict=True))
+    ]
+    expected = x_TI.double() @ weight_OI.double().T
+    for part, pair in zip(expected.split(outs, dim=1), pairs, strict=True):
+        part += pair.scale * (x_TI.double() @ pair.a_RI.double().T) @ pair.b_RO.double()
+    inner = torch.full((num_rows, sum(ranks) + 2), torch.nan)
+    records = np.array(
+        [(p.a_RI.data_ptr(), p.b_RO.data_ptr(), len(p.a_RI), p.scale) for p in pairs], dtype=PAIR
+    )
+    widths = np.array(outs)
+    addresses = records.ctypes.data, widths.ctypes.data
+    increments = Increments(*addresses, len(outs), inner.shape[1], inner.data_ptr())
+    linear = PanelLinear(formed, Arena(), weight_OI)
+    assert_near(linear(x_TI, increments=increments), expected.float(), relative=3e-6)
+    if kind == "gated":
+        own = multiply_gated(formed, weight_OI, x_TI, increments=increments)
+        assert_near(own, silu_mul(expected).float(), relative=3e-6)
 
 
 def test_an_engine_without_compiled_kernels_uses_torch(

@@ -86,6 +86,7 @@ def test_keys_are_lists_everywhere_and_never_shown(
         ({"kv_cache_bytes": 0}, "kv_cache_bytes: .*greater than or equal to 1"),
         ({"num_engine_replicas": 0}, "num_engine_replicas"),
         ({"quantize": "int4"}, "quantize: .*'none', 'int8' or 'int8-weights'"),
+        ({"vertical": "both"}, "vertical: .*'factored' or 'expanded'"),
         ({"quantize": "int8", "device": "cuda"}, "quantize int8 runs on the CPU .* device cuda"),
         ({"quantize": "int8-weights", "dtype": "float16"}, "quantize int8-weights .* float16"),
         ({"port": "x", "dtype": "int4"}, "port: (?s:.*)dtype: "),
