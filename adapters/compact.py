@@ -34,6 +34,7 @@ from adapters.layout import (
     num_factor_values,
 )
 from adapters.safetensors_bytes import parse_safetensors, read_metadata
+from adapters.stored_parameters import index_parameters, stored_parameters
 from core.factors import PROJECTIONS, ModuleKey
 from core.model_config import ModelConfig
 
@@ -125,10 +126,13 @@ class CompactVBLoRA(_CompactForm):
     @property
     def num_stored_parameters(self) -> int:
         """In float32 equivalents, counted as PEFT's `get_nb_savable_parameters` does."""
-        num_vectors = self.bank.vectors_HB.shape[0]
-        index_share = 0.25 if num_vectors < 2**8 else 0.5 if num_vectors < 2**15 else 1
-        numel = self.bank.vectors_HB.numel() + self.weights_NJ.numel()
-        return int(numel + self.indices_NK.numel() * index_share)
+        return self.parameters_where_an_index_is(index_parameters(len(self.bank.vectors_HB)))
+
+    def parameters_where_an_index_is(self, an_index: float) -> int:
+        """Stored parameters by another counting, see `stored_parameters`."""
+        num_sub_vectors, topk = self.indices_NK.shape
+        num_vectors, length = self.bank.vectors_HB.shape
+        return stored_parameters(num_vectors, length, num_sub_vectors, topk, an_index)
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,6 +128,48 @@ def test_inspect_compares_with_lora(run: Run, tiny_model: Path, peft_adapters: P
     assert rows["factors in float32"] == "7.0KiB"
 
 
+def test_inspect_counts_as_the_paper_does_and_beside_any_lora(
+    run: Run, tiny_model: Path, peft_adapters: Path
+) -> None:
+    folder = peft_adapters / "one"
+    result = run("inspect", folder, "--model", tiny_model, "--lora-rank", "8", "--lora-rank", "2")
+    rows = _rows(result.output)
+    # 32 vectors of 16; q and v of two layers at rank 4: 2 * 4 * (128 + 96) / 16 sub-vectors
+    assert rows["sub-vectors"] == "112"
+    assert rows["stored parameters"] == f"{32 * 16 + 112 * (2 * 0.25 + 1):.0f}"
+    assert rows["... with whole indices"] == f"{32 * 16 + 112 * 3}"
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    assert rows["files"] == f"{size / 1024:.1f}KiB"
+    assert rows["LoRA of rank 8, bfloat16"].startswith("7.0KiB")
+    assert rows["LoRA of rank 2, bfloat16"].startswith("1.8KiB")
+    assert "LoRA of rank 64, bfloat16" not in rows
+    assert rows["entropy of the weights"].endswith("of 1.00 bits")
+
+
+def test_inspect_draws_the_bank(
+    run: Run, tiny_model: Path, peft_adapters: Path, tmp_path: Path
+) -> None:
+    from matplotlib.image import imread
+
+    options = ["--model", tiny_model, "--picture", tmp_path / "bank.png"]
+    result = run("inspect", peft_adapters / "one", *options)
+    assert result.exit_code == 0, result.output
+    picture = imread(tmp_path / "bank.png")
+    assert picture.shape[1] > 1000 and len({tuple(pixel) for pixel in picture[200]}) > 10
+    nowhere = ["--picture", tmp_path / "no folder" / "bank.png"]
+    failed = run("inspect", peft_adapters / "one", "--model", tiny_model, *nowhere)
+    assert failed.exit_code == 1 and "Error: " in failed.output and "no folder" in failed.output
+
+
+def test_inspect_draws_no_bank_of_lora(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    _save(tiny_model, tmp_path / "lora", config, 0)
+    options = ["--model", tiny_model, "--picture", tmp_path / "bank.png"]
+    result = run("inspect", tmp_path / "lora", *options)
+    assert result.exit_code == 1
+    assert "a lora adapter has no bank to draw" in result.output
+
+
 def test_inspect_of_lora_has_no_bank(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM")
     _save(tiny_model, tmp_path / "lora", config, 0)
