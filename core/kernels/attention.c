@@ -306,10 +306,11 @@ static void attend_block(const prompt_t *p, const span_t *span, const int64_t *p
             int64_t head = (kv_head * group + g) * dim, length = span->before + t - span->start + 1;
             paged_t values = {p->values + kv_head * dim, pages, length + rows - 1, p->page_size, 1,
                               dim,                       kv_width};
-            for (int64_t l = 0; l < length + rows - 1; l += TILE_WIDTH)
+            for (int64_t l = 0; l < length + rows - 1; l += TILE_WIDTH) {
+                target_t to = {scores + l, stride, TILE_WIDTH, 0, {{NULL}}};
                 multiply_rows(p->query + t * p->query_stride + head, p->query_stride,
-                              panels + l * dim, scores + l, stride, dim, rows, TILE_WIDTH, NOTHING,
-                              NOTHING);
+                              panels + l * dim, dim, rows, &to, NOTHING, NOTHING);
+            }
             for (int64_t r = 0; r < rows; r++) {
                 softmax(scores + r * stride, length + r);
                 memset(scores + r * stride + length + r, 0, (rows - 1 - r) * sizeof(float));

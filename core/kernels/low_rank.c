@@ -92,6 +92,25 @@ INLINE void expand_columns(const pair_t *pair, const int64_t *outs, const float 
     }
 }
 
+static int add_pair(const pair_t *pair, const int64_t *outs, const float *inner,
+                    int64_t inner_stride, int64_t column, target_t *to) {
+    for (; column >= *outs; inner += pair++->rank) column -= *outs++;
+    if (column + TILE_WIDTH > *outs) return 1;
+    to->tails[to->num_tails++] =
+        (tail_t){inner, pair->b + column, inner_stride, *outs, pair->rank};
+    return 0;
+}
+
+int add_segment(const low_rank_t *adds, int64_t row, int64_t column, target_t *to) {
+    return add_pair(adds->segments[adds->segment_of[row]].pairs + adds->first, adds->outs,
+                    adds->inner + row * adds->inner_stride, adds->inner_stride, column, to);
+}
+
+int add_all_rows(const increments_t *incs, int64_t row, int64_t column, target_t *to) {
+    return add_pair(incs->pairs, incs->outs, incs->inner + row * incs->inner_stride,
+                    incs->inner_stride, column, to);
+}
+
 void expand_tile(const low_rank_t *adds, int64_t row, int64_t column, int64_t width, float *y,
                  int64_t y_stride) {
     expand_columns(adds->segments[adds->segment_of[row]].pairs + adds->first, adds->outs,

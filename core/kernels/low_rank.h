@@ -18,6 +18,11 @@ static inline int fills_tile(const low_rank_t *adds, int64_t row, int64_t rows) 
  * other. */
 void shrink_tiles(const low_rank_t *adds, const float *x, int64_t rows, int64_t in);
 
+/* Let a tile have what is added to TILE_WIDTH columns from `column` on, if these are one
+ * projection's. Returns whether they are not: then it is added to what was stored. */
+int add_segment(const low_rank_t *adds, int64_t row, int64_t column, target_t *to);
+int add_all_rows(const increments_t *incs, int64_t row, int64_t column, target_t *to);
+
 /* Add to columns column..column+width-1 of the tile at `row`; `y` is where they begin. */
 void expand_tile(const low_rank_t *adds, int64_t row, int64_t column, int64_t width, float *y,
                  int64_t y_stride);

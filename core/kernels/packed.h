@@ -53,14 +53,13 @@ INLINE wide_t widen(words_t word, const int form, wide_t step, wide_t base) {
     return __builtin_convertvector(number, wide_t) * step + base;
 }
 
-/* y[rows, cols] = x[rows, in] times one panel; `rows` and `form` are constants where this is
+/* `to` = x[rows, in] times one panel; `rows` and `form` are constants where this is
  * inlined. Where `widened` is given, it gets the panel in fp32, [in, TILE_WIDTH]. Meanwhile the
  * panel itself is fetched ahead, and for every BLOCK features some cache lines of others. */
 INLINE void multiply_packed_tile(const float *restrict x, int64_t x_stride,
-                                 const uint32_t *restrict panel, float *restrict y,
-                                 int64_t y_stride, int64_t in, const int rows, int64_t cols,
-                                 const int form, float *restrict widened, ahead_t panels,
-                                 ahead_t others) {
+                                 const uint32_t *restrict panel, int64_t in, const int rows,
+                                 const target_t *to, const int form, float *restrict widened,
+                                 ahead_t panels, ahead_t others) {
     wide_t sums[TILE_ROWS][COLS], step[COLS], base[COLS];
     const int bits = bits_of(form);
     int in_word = 32 / bits;
@@ -110,26 +109,18 @@ INLINE void multiply_packed_tile(const float *restrict x, int64_t x_stride,
             }
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        if (cols >= TILE_WIDTH)
-#pragma GCC unroll 3
-            for (int c = 0; c < COLS; c++) *(wide_t *)(y + r * y_stride + c * WIDE) = sums[r][c];
-        else
-            memcpy(y + r * y_stride, sums[r], cols * sizeof(float));
+    finish_tile(sums, to, rows);
 }
 
-INLINE void multiply_packed_form(const float *x, int64_t x_stride, const uint32_t *panel, float *y,
-                                 int64_t y_stride, int64_t in, int64_t rows, int64_t cols,
-                                 const int form, float *widened, ahead_t panels, ahead_t others) {
+INLINE void multiply_packed_form(const float *x, int64_t x_stride, const uint32_t *panel, int64_t in,
+                                 int64_t rows, const target_t *to, const int form, float *widened,
+                                 ahead_t panels, ahead_t others) {
 #define PACKED_CASE(n)                                                                             \
     case n:                                                                                        \
-        multiply_packed_tile(x, x_stride, panel, y, y_stride, in, n, cols, form, NULL, panels,     \
-                             others);                                                              \
+        multiply_packed_tile(x, x_stride, panel, in, n, to, form, NULL, panels, others);           \
         break;
     if (widened) {
-        multiply_packed_tile(x, x_stride, panel, y, y_stride, in, TILE_ROWS, cols, form, widened,
-                             panels, others);
+        multiply_packed_tile(x, x_stride, panel, in, TILE_ROWS, to, form, widened, panels, others);
         return;
     }
     switch (rows) {
@@ -148,13 +139,12 @@ INLINE void multiply_packed_form(const float *x, int64_t x_stride, const uint32_
 }
 
 /* `multiply_packed_tile` for 1 to TILE_ROWS rows; for TILE_ROWS where `widened` is given. */
-static void multiply_packed(const float *x, int64_t x_stride, const uint32_t *panel, float *y,
-                            int64_t y_stride, int64_t in, int64_t rows, int64_t cols, int64_t form,
-                            float *widened, ahead_t panels, ahead_t others) {
+static void multiply_packed(const float *x, int64_t x_stride, const uint32_t *panel, int64_t in,
+                            int64_t rows, const target_t *to, int64_t form, float *widened,
+                            ahead_t panels, ahead_t others) {
 #define FORM_CASE(n)                                                                               \
     case n:                                                                                        \
-        multiply_packed_form(x, x_stride, panel, y, y_stride, in, rows, cols, n, widened, panels,  \
-                             others);                                                              \
+        multiply_packed_form(x, x_stride, panel, in, rows, to, n, widened, panels, others);        \
         break;
     switch (form) {
         FORM_CASE(FP16)

@@ -156,24 +156,27 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
         s->floats_left -= floats;
     }
     float *widened = s->widened ? s->widened + panel % s->halves * TILE_WIDTH * in : NULL;
+    const float *x = s->x + r * in;
+    target_t to = {y, y_stride, columns.width, 0, {{NULL}}};
+    int late_incs = s->incs && add_all_rows(s->incs, r, columns.start, &to);
+    int late_adds = s->adds && fills_tile(s->adds, r, rows) &&
+                    add_segment(s->adds, r, columns.start, &to);
     if (widened && pass > 0)
-        multiply_rows(s->x + r * in, in, widened, y, y_stride, in, rows, columns.width, panels,
-                      factors);
+        multiply_rows(x, in, widened, in, rows, &to, panels, factors);
     else if (s->w->form) {
         /* One pass alone fetches what comes next of the panel itself. */
         panels.lines *= s->passes > 1 ? BLOCK / TILE_STEP : 0;
         factors.lines *= BLOCK / TILE_STEP;
-        multiply_packed(s->x + r * in, in, (const uint32_t *)at, y, y_stride, in, rows,
-                        columns.width, s->w->form, widened, panels, factors);
+        multiply_packed(x, in, (const uint32_t *)at, in, rows, &to, s->w->form, widened, panels,
+                        factors);
     } else if (s->passes == 1 && rows <= STREAM_ROWS && s->w->shared)
-        stream_rows(s->x, in, at, y, y_stride, in, rows, columns.width, factors, AGAIN);
+        stream_rows(x, in, at, in, rows, &to, factors, AGAIN);
     else if (s->passes == 1 && rows <= STREAM_ROWS)
-        stream_rows(s->x, in, at, y, y_stride, in, rows, columns.width, factors, ONCE);
+        stream_rows(x, in, at, in, rows, &to, factors, ONCE);
     else
-        multiply_rows(s->x + r * in, in, at, y, y_stride, in, rows, columns.width, panels, factors);
-    if (s->incs) expand_rows(s->incs, r, rows, columns.start, columns.width, y, y_stride);
-    if (s->adds && fills_tile(s->adds, r, rows))
-        expand_tile(s->adds, r, columns.start, columns.width, y, y_stride);
+        multiply_rows(x, in, at, in, rows, &to, panels, factors);
+    if (late_incs) expand_rows(s->incs, r, rows, columns.start, columns.width, y, y_stride);
+    if (late_adds) expand_tile(s->adds, r, columns.start, columns.width, y, y_stride);
 }
 
 void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,

@@ -37,13 +37,53 @@ INLINE void fetch_lot(ahead_t *ahead) {
         __builtin_prefetch(ahead->at, 0, 2);
 }
 
-/* y[rows, cols] = x[rows, in] times one panel; `rows` and `streams` are constants where this is
- * inlined. Meanwhile, for every TILE_STEP features, some cache lines are fetched. One that streams
- * fetches what comes next of the panel too, feature by feature; it keeps none of it unless the next
- * layer has use for it. */
+/* A low-rank product for a tile's rows: inner [rows, ranks] times b [ranks, out], which begin at the
+ * tile's first row and column. */
+typedef struct {
+    const float *inner, *b;
+    int64_t inner_stride, out, ranks;
+} tail_t;
+
+/* Where a tile goes: y [rows, cols], and what is added to it in registers. Only tiles of TILE_WIDTH
+ * columns have tails. (One address while a tile is multiplied: general registers are few.) */
+typedef struct {
+    float *y;
+    int64_t y_stride, cols, num_tails;
+    tail_t tails[2];
+} target_t;
+
+INLINE void add_tail(wide_t sums[TILE_ROWS][COLS], const tail_t *tail, const int rows) {
+    const float *b = tail->b;
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < tail->ranks; i++, b += tail->out)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++)
+                sums[r][c] += tail->inner[r * tail->inner_stride + i] *
+                              *(const wide_t *)(b + c * WIDE);
+}
+
+/* The end of a tile; `rows` is a constant where this is inlined. */
+INLINE void finish_tile(wide_t sums[TILE_ROWS][COLS], const target_t *to, const int rows) {
+    for (int64_t i = 0; i < to->num_tails; i++) add_tail(sums, &to->tails[i], rows);
+    float *y = to->y;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++, y += to->y_stride)
+        if (to->cols >= TILE_WIDTH)
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++) *(wide_t *)(y + c * WIDE) = sums[r][c];
+        else
+            memcpy(y, sums[r], to->cols * sizeof(float));
+}
+
+/* `to` = x[rows, in] times one panel; `rows` and `streams` are constants where this is inlined.
+ * Meanwhile, for every TILE_STEP features, some cache lines are fetched. One that streams fetches what
+ * comes next of the panel too, feature by feature; it keeps none of it unless the next layer has use
+ * for it. */
 INLINE void multiply_tile(const float *restrict x, int64_t x_stride, const float *restrict panel,
-                          float *restrict y, int64_t y_stride, int64_t in, const int rows,
-                          int64_t cols, ahead_t panels, ahead_t others, const int streams) {
+                          int64_t in, const int rows, const target_t *to, ahead_t panels,
+                          ahead_t others, const int streams) {
     wide_t sums[TILE_ROWS][COLS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -76,22 +116,15 @@ INLINE void multiply_tile(const float *restrict x, int64_t x_stride, const float
                         x_of[r / 3][r % 3 * x_stride] * *(const wide_t *)(panel + c * WIDE);
         }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
-        if (cols >= TILE_WIDTH)
-#pragma GCC unroll 3
-            for (int c = 0; c < COLS; c++) *(wide_t *)(y + r * y_stride + c * WIDE) = sums[r][c];
-        else
-            memcpy(y + r * y_stride, sums[r], cols * sizeof(float));
+    finish_tile(sums, to, rows);
 }
 
 /* `multiply_tile` for any number of rows from 1 to TILE_ROWS. */
-INLINE void multiply_rows(const float *x, int64_t x_stride, const float *panel, float *y,
-                          int64_t y_stride, int64_t in, int64_t rows, int64_t cols,
-                          ahead_t panels, ahead_t others) {
+INLINE void multiply_rows(const float *x, int64_t x_stride, const float *panel, int64_t in,
+                          int64_t rows, const target_t *to, ahead_t panels, ahead_t others) {
 #define TILE_CASE(n)                                                                         \
     case n:                                                                                  \
-        multiply_tile(x, x_stride, panel, y, y_stride, in, n, cols, panels, others, NOT);    \
+        multiply_tile(x, x_stride, panel, in, n, to, panels, others, NOT);                   \
         break;
     switch (rows) {
         TILE_CASE(1)
@@ -109,12 +142,11 @@ INLINE void multiply_rows(const float *x, int64_t x_stride, const float *panel, 
 }
 
 /* `multiply_tile` for 1 to STREAM_ROWS rows when the panel is used once in this product. */
-INLINE void stream_rows(const float *x, int64_t x_stride, const float *panel, float *y,
-                        int64_t y_stride, int64_t in, int64_t rows, int64_t cols, ahead_t others,
-                        const int streams) {
+INLINE void stream_rows(const float *x, int64_t x_stride, const float *panel, int64_t in,
+                        int64_t rows, const target_t *to, ahead_t others, const int streams) {
 #define STREAM_CASE(n)                                                                       \
     case n:                                                                                  \
-        multiply_tile(x, x_stride, panel, y, y_stride, in, n, cols, NOTHING, others, streams); \
+        multiply_tile(x, x_stride, panel, in, n, to, NOTHING, others, streams);              \
         break;
     switch (rows) {
         STREAM_CASE(1)
