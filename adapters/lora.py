@@ -10,7 +10,6 @@ Shape legend: R rank, I input features, O output features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
@@ -21,20 +20,10 @@ from torch import Tensor
 from adapters.compact import CompactLoRA
 from adapters.errors import MalformedAdapterError
 from adapters.layout import ModuleSpec, Side, factor_order, in_layout_order, module_spec
-from adapters.peft_config import (
-    as_finite,
-    as_patterns,
-    as_positive_int,
-    check_features,
-    positive_int,
-)
-from adapters.peft_targets import (
-    PatternMatcher,
-    claimed_modules,
-    first_matching_pattern,
-)
+from adapters.peft_config import check_features
+from adapters.peft_scaling import Scaling
+from adapters.peft_targets import claimed_modules
 from adapters.peft_tensors import FLOATS, PeftTensors, check_finite, tensor_name
-from core.factors import ModuleKey
 from core.model_config import BaseInfo
 
 _SERVED_KEYS = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
@@ -65,34 +54,10 @@ def _read_modules(config: Mapping[str, Any], base: BaseInfo) -> tuple[ModuleSpec
         raise MalformedAdapterError(
             "layers_to_transform cannot be used when target_modules is a pattern"
         )
-    scaling = _Scaling(config)
+    scaling = Scaling(config)
     keys = claimed_modules(config, base.config.num_layers)
     specs = (module_spec(key, *scaling.rank_and_scale(key), base.config) for key in keys)
     return in_layout_order(specs)
-
-
-class _Scaling:
-    """r and alpha of the config, with the patterns that override them for single modules."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._rank = positive_int(config, "r")
-        self._alpha = as_finite(config.get("lora_alpha", 8), "lora_alpha")  # PEFT's default
-        self._ranks = as_patterns(config.get("rank_pattern"), "rank_pattern")
-        self._alphas = as_patterns(config.get("alpha_pattern"), "alpha_pattern")
-        self._rslora = bool(config.get("use_rslora"))
-        self._matcher = PatternMatcher()
-
-    def rank_and_scale(self, key: ModuleKey) -> tuple[int, float]:
-        """The rank of one module and the factor that its increment is multiplied with."""
-        path = key.path
-        rank_pattern = first_matching_pattern(self._ranks, path, self._matcher)
-        alpha_pattern = first_matching_pattern(self._alphas, path, self._matcher)
-        rank, alpha = self._rank, self._alpha
-        if rank_pattern is not None:
-            rank = as_positive_int(self._ranks[rank_pattern], f"rank_pattern[{rank_pattern!r}]")
-        if alpha_pattern is not None:
-            alpha = as_finite(self._alphas[alpha_pattern], f"alpha_pattern[{alpha_pattern!r}]")
-        return rank, alpha / (math.sqrt(rank) if self._rslora else rank)
 
 
 def _weight_name(spec: ModuleSpec, side: str) -> str:

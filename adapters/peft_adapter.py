@@ -1,4 +1,4 @@
-"""A PEFT adapter directory → its compact form, validated against one base: LoRA or VB-LoRA."""
+"""A PEFT adapter directory → its compact form, validated against one base: the kinds served."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from adapters.compact import CompactAdapter, CompactVBLoRA
 from adapters.errors import MalformedAdapterError, UnsupportedAdapterError
 from adapters.lora import read_lora
+from adapters.lowered import read_adalora, read_loha, read_vera
 from adapters.peft_files import PeftFiles, read_peft_files
 from adapters.vblora import read_vblora
 from adapters.vblora_plans import VBLoRAPlans
+from adapters.vertical_lora import PEFT_TYPE, read_vertical_lora
 from core.model_config import BaseInfo
 
 MAX_CONFIG_BYTES = 1024**2
@@ -23,6 +25,10 @@ _Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], BaseInfo], CompactA
 _READERS: dict[str, _Reader] = {
     "VBLORA": read_vblora,
     "LORA": read_lora,
+    "ADALORA": read_adalora,
+    "VERA": read_vera,
+    "LOHA": read_loha,
+    PEFT_TYPE: read_vertical_lora,
 }
 
 
@@ -56,7 +62,7 @@ def compact_from_files(files: PeftFiles, base: BaseInfo) -> CompactAdapter:
     reader = _READERS.get(peft_type)
     if reader is None:
         raise UnsupportedAdapterError(
-            f"peft_type {peft_type[:40]!r} is not served, only {' and '.join(_READERS)}",
+            f"peft_type {peft_type[:40]!r} is not served, only {', '.join(_READERS)}",
             feature="peft_type",
         )
     return reader(config, tensors, base)

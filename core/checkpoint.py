@@ -41,6 +41,16 @@ class Checkpoint:
     ) -> None:
         self._stack.close()
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, sorted."""
+        return sorted(self._files)
+
+    def stored(self, name: str) -> Tensor:
+        """The tensor `name` as the file has it; KeyError if it has not."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """The tensor `name`, moved and cast to `dtype`, by default the model's.
 

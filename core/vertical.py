@@ -62,6 +62,17 @@ class VerticalConfig:
         return slice(begin * self.rank, depth * self.rank)
 
 
+def even_chunks(num_layers: int, num_chunks: int) -> tuple[int, ...]:
+    """Sizes of chunks as even as can be, larger ones first.
+
+    Raises UnsupportedModelError when there are more chunks than layers.
+    """
+    if not 1 <= num_chunks <= num_layers:
+        raise UnsupportedModelError(f"{num_chunks} chunks, must be 1 to {num_layers}, the layers")
+    size, left = divmod(num_layers, num_chunks)
+    return tuple(size + (number < left) for number in range(num_chunks))
+
+
 def read_vertical_config(file: Path, content: Any, num_layers: int) -> VerticalConfig:
     """Check `content`, the object `vertical` of `file`.
 

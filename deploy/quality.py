@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from adapters import AdapterStore, FactorCache
-from core import LLM, EngineConfig, GenerationRequest, SamplingParams, read_base_info
-from core.requests import TokenLogprobs
+from core import LLM, EngineConfig, SamplingParams, read_base_info
+from core.perplexity import perplexity, read_tokens, spread_windows
 from deploy.demo.evaluate import HERE, MAX_TOKENS
 from deploy.demo.tasks import TASKS
 from serving.default_base import ensure_default_base
@@ -49,15 +48,14 @@ class Quality:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-probability."""
-        return math.exp(-sum(self.logprobs) / len(self.logprobs))
+        return perplexity(self.logprobs)
 
 
 def windows_of_text(llm: LLM, count: int) -> list[list[int]]:
     """`count` windows of WINDOW tokens, spread evenly over the text."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tokens = llm.tokenizer(text, verbose=False).input_ids
-    stride = (len(tokens) - WINDOW) // count
-    return [tokens[n * stride :][:WINDOW] for n in range(count)]
+    return spread_windows(tokens, count, WINDOW)
 
 
 def measure(llm: LLM, windows: Sequence[list[int]], digests: Mapping[str, str]) -> Quality:
@@ -72,18 +70,6 @@ def measure(llm: LLM, windows: Sequence[list[int]], digests: Mapping[str, str]) 
         [completion.token_ids for completion in done],
         {name: accuracy(llm, name, digest) for name, digest in digests.items()},
     )
-
-
-def read_tokens(llm: LLM, windows: Sequence[list[int]]) -> list[TokenLogprobs]:
-    """The base's probabilities of the windows' own tokens, all windows' in one list."""
-    sampling = SamplingParams(max_tokens=0, prompt_logprobs=1)
-    read: list[TokenLogprobs] = []
-    for number, window in enumerate(windows):
-        llm.engine.add(GenerationRequest(f"window-{number}", tuple(window), sampling))
-        while llm.engine.has_work:
-            for output in llm.engine.step():
-                read += [place for place in output.prompt_logprobs or () if place is not None]
-    return read
 
 
 def accuracy(llm: LLM, task_name: str, digest: str) -> float:

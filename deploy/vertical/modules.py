@@ -34,18 +34,22 @@ class Increment(nn.Module):
 
 
 class VerticalLinear(nn.Module):
-    """x W.T + scale * sum_j (x A_j.T) B_j.T over the increments that count in this layer."""
+    """x W.T + scale * sum_j (x A_j.T) B_j.T over the increments that count in this layer.
+
+    W is `base`'s; a bias is the layer's own and begins like `base`'s.
+    """
 
     def __init__(self, base: nn.Linear, increments: Sequence[Increment], scale: float) -> None:
         super().__init__()
         self.base, self.increments, self.scale = base, nn.ModuleList(increments), scale
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         a_RI = torch.cat([each.a_RI for each in self.increments])
         b_OR = torch.cat([each.b_OR for each in self.increments], dim=1)
         added: Tensor = functional.linear(functional.linear(x, a_RI), b_OR)
-        return self.base(x) + self.scale * added
+        return functional.linear(x, self.base.weight, self.bias) + self.scale * added
 
 
 def make_vertical(model: LlamaForCausalLM, vertical: VerticalConfig) -> None:

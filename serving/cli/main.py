@@ -51,8 +51,14 @@ COMMANDS = {
     "adapters": LazyCommand(
         "serving.cli.adapters", "adapters", "Add, list, show and remove adapters."
     ),
+    "train": LazyCommand(
+        "serving.cli.train", "train", "Train a VB-LoRA adapter on a file of examples."
+    ),
     "inspect": LazyCommand(
         "serving.cli.inspect", "inspect", "Tell what a PEFT adapter directory holds."
+    ),
+    "convert": LazyCommand(
+        "serving.cli.convert", "convert", "LoRA as VB-LoRA, a model as a vertical base: how near."
     ),
     "loadtest": LazyCommand(
         "loadtest.cli", "loadtest", "Measure a running server: latencies, throughput, plots."

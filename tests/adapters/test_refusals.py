@@ -65,7 +65,7 @@ def lora(lora_dir: Path, tmp_path: Path) -> Path:
 
 
 COMMON_UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "other_method": ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not served"),
+    "other_method": ({"peft_type": "LOKR"}, "peft_type 'LOKR' is not served"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save.*full copies"),
     "bias_all": ({"bias": "all"}, "bias='all': trained biases"),
     "unknown_key": ({"use_marvel": {"x": 1}}, "use_marvel=.*not known here"),

@@ -12,6 +12,8 @@ import pytest
 import torch
 from peft_oracle import TinyLlama, save_lora, save_vblora
 from peft_tokens import peft_greedy
+from test_lowered import CASES as LOWERED_CASES
+from test_lowered import save_lowered
 from test_peft_parity import LORA_CASES, VBLORA_CASES
 from tiny_models import ReferenceGreedy, assert_same_greedy, random_prompt
 
@@ -106,6 +108,8 @@ def tiny(
         save_vblora(llama, root / f"vblora-{name}", seed=number, **settings)
     for number, (name, settings) in enumerate(LORA_CASES.items()):
         save_lora(llama, root / f"lora-{name}", seed=number, **settings)
+    for name, (kind, settings) in LOWERED_CASES.items():
+        save_lowered(llama, root / f"lora-{name}", kind, **settings)
     directories = {path.name: path for path in sorted(root.glob("*lora-*"))}
     prompts = [random_prompt(1, 5), random_prompt(2, 37)]
     yield llama.path, directories, references(llama.path, directories, prompts)

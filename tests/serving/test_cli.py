@@ -11,12 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from tiny_model import _save, save_dora
 
 from adapters.store import AdapterStore
-from core.model_config import BaseInfo
+from core.factors import PROJECTIONS
+from core.model_config import BaseInfo, read_base_info
 from serving.cli.main import COMMANDS, main
 from serving.cli.serve import GROUPS
 from serving.settings import Settings
@@ -253,3 +256,57 @@ def _rows(table: str) -> dict[str, str]:
     """First and second column of a rich table."""
     cells = [line.strip("│ ").split("│") for line in table.splitlines() if "│" in line]
     return {name.strip(): value.strip() for name, value in cells}
+
+
+def test_convert_vertical_reports_and_refuses(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    options = ["--chunks", "1", "--rank", "2", "--text", tmp_path / "text"]
+    result = run("convert", "vertical", tiny_model, tmp_path / "v", *options)
+    assert result.exit_code == 1, result.output
+    assert "nothing was written: a vertical base is trained, not converted" in result.output
+    assert not (tmp_path / "v").exists()
+    rows = [line.strip("│ ").split("│") for line in result.output.splitlines() if "│" in line]
+    assert [cells[0].strip() for cells in rows] == list(PROJECTIONS)
+    assert all(float(cell.split()[0]) > 0.5 for cells in rows for cell in cells[1:3])
+    assert "perplexity over 16 times 256 tokens: " in result.output
+
+    result = run("convert", "vertical", tiny_model, tmp_path / "v", *options, "--accept-loss")
+    assert result.exit_code == 0, result.output
+    assert read_base_info(tmp_path / "v").config.vertical is not None
+    again = run("convert", "vertical", tiny_model, tmp_path / "v", *options)
+    assert again.exit_code == 1 and "exists already" in again.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--chunks", "9"], "9 chunks, must be 1 to 2, the layers"),
+        (["--rank", "0"], "0 is not in the range"),
+    ],
+)
+def test_convert_vertical_names_what_is_wrong(
+    run: Run, tiny_model: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    result = run("convert", "vertical", tiny_model, tmp_path / "v", *options)
+    assert result.exit_code != 0 and message in result.output
+
+
+def test_convert_lora_fits_and_reports(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    _save(tiny_model, tmp_path / "lora", config, 0)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    rng = torch.Generator().manual_seed(0)  # PEFT begins with a B of zeros
+    save_file({n: torch.randn(t.shape, generator=rng) for n, t in load_file(file).items()}, file)
+    options = ["--model", tiny_model, "--num-vectors", "16", "--vector-length", "16"]
+    result = run("convert", "lora", tmp_path / "lora", tmp_path / "vb", *options)
+    assert result.exit_code == 0, result.output
+    rows = _rows(result.output)
+    assert {"q_proj", "down_proj"} <= set(rows)
+    assert 0 < float(rows["q_proj"].split()[0]) < 1.5
+    assert "rank 2, 16 vectors of 16, k 2" in result.output
+    again = _rows(run("inspect", tmp_path / "vb", "--model", tiny_model).output)
+    assert again["kind"] == "vblora" and again["rank"] == "2"
+    refused = run("convert", "lora", tmp_path / "vb", tmp_path / "other", *options)
+    assert refused.exit_code == 1 and "is a vblora adapter, not LoRA" in refused.output
+    there = run("convert", "lora", tmp_path / "lora", tmp_path / "vb", *options)
+    assert there.exit_code == 1 and "exists already" in there.output
