@@ -45,13 +45,14 @@ _PICTURE = "training/loss.png"
 @click.option(
     "--bank",
     type=_FOLDER,
-    help="A VB-LoRA adapter whose bank is used and kept as it is: the new one then costs indices "
-    "and weights alone.",
+    help="A VB-LoRA adapter whose bank is used, whatever its size, and kept as it is: the new one "
+    "then costs indices and weights alone.",
 )
 @click.option("--max-tokens", type=_COUNT, default=512, show_default=True, help="Of an example.")
 @click.option("--save-every", type=_COUNT, default=50, show_default=True, help="Steps.")
 @click.option("--resume", is_flag=True, help="Go on with a training in OUT that was interrupted.")
 @click.option("--register", metavar="ID", help="Register the result with a running server.")
+@click.option("--replace", is_flag=True, help="With --register: replace other content there.")
 @click.option(
     "--url", envvar=CLIENT_URL_VARIABLE, show_envvar=True, default="http://127.0.0.1:8000"
 )
@@ -66,6 +67,7 @@ def train(
     save_every: int,
     resume: bool,
     register: str | None,
+    replace: bool,
     url: str,
     api_key: str | None,
     **settings: Any,
@@ -104,7 +106,7 @@ def train(
             add_adapter,
             adapter_id=register,
             directory=out,
-            replace=True,
+            replace=replace,
             model=None,
             store=None,
             api_key=api_key,

@@ -57,6 +57,13 @@ class TinyLlama:
         return LlamaForCausalLM.from_pretrained(self.path)
 
 
+class LlamaOnDisk(TinyLlama):
+    """One that is in a directory already, in the shape that the savers take."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
 @without_peft_warnings
 def save_vblora(
     llama: TinyLlama,

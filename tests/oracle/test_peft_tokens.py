@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_oracle import TinyLlama, save_lora, save_vblora
+from peft_oracle import LlamaOnDisk, TinyLlama, save_lora, save_vblora
 from peft_tokens import peft_greedy
 from test_lowered import CASES as LOWERED_CASES
 from test_lowered import save_lowered
@@ -43,13 +43,6 @@ DEFAULT_BASE_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"target_modules": ["gate_proj", "down_proj"], "rank_pattern": {"down_proj": 2}},
     ),
 }
-
-
-class Base(TinyLlama):
-    """A base that is on disk already, in the shape that the savers take."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
 
 @dataclass(frozen=True)
@@ -150,7 +143,7 @@ def test_default_base_in_one_batch(default_base: Path, tmp_path: Path) -> None:
     for number, (name, (save, settings)) in enumerate(DEFAULT_BASE_CASES.items()):
         directories[name] = tmp_path / name
         small = {"num_vectors": 32, "bank_limit": 0.25} if save is save_vblora else {}
-        save(Base(default_base), directories[name], seed=number, **{**small, **settings})
+        save(LlamaOnDisk(default_base), directories[name], seed=number, **{**small, **settings})
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(default_base)

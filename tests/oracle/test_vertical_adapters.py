@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from peft_oracle import save_lora, save_vblora
+from peft_oracle import LlamaOnDisk, save_lora, save_vblora
 from test_peft_parity import VBLORA_CASES
-from test_peft_tokens import Base, Case, references, run_mixed, write_word_tokenizer
+from test_peft_tokens import Case, references, run_mixed, write_word_tokenizer
 from tiny_models import random_prompt
 from vertical_models import write_expanded, write_vertical_llama
 
@@ -22,7 +22,7 @@ def vertical(
     root = tmp_path_factory.mktemp("vertical")
     base = write_vertical_llama(root / "base", chunk_sizes=(2, 3), intermediate_size=128, std=0.05)
     write_word_tokenizer(base, 128)
-    plain = Base(write_expanded(root / "plain", base))
+    plain = LlamaOnDisk(write_expanded(root / "plain", base))
     for number, (name, settings) in enumerate(VBLORA_CASES.items()):
         save_vblora(plain, root / f"vblora-{name}", seed=number, bank_limit=0.5, **settings)
     save_lora(plain, root / "lora", r=8)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 START_SECONDS = 240.0
@@ -142,6 +143,12 @@ class ServerProcess:
         self._reader.join(5)
         assert not self._reader.is_alive(), f"someone still writes: {self.processes()}"
         self._process.stdout.close()
+
+
+def openai_client(server: ServerProcess) -> openai.AsyncOpenAI:
+    """OpenAI's own, for a server without keys; it tries once and waits long."""
+    url = f"{server.url}/v1"
+    return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
 
 
 @contextlib.contextmanager

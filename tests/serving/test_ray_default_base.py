@@ -12,9 +12,9 @@ from typing import Any
 import openai
 import pytest
 from deploy_tasks import HELDOUT, RESULTS, is_right
-from peft_oracle import TinyLlama, save_vblora
+from peft_oracle import LlamaOnDisk, save_vblora
 from peft_tokens import peft_greedy_of_many
-from ray_server import ServerProcess, started
+from ray_server import ServerProcess, openai_client, started
 from tiny_models import ReferenceGreedy, assert_same_greedy
 
 pytestmark = pytest.mark.ray
@@ -25,13 +25,6 @@ PROMPT = "Once upon a time, in a village by the sea, there lived a"
 NUM_HELDOUT = 64
 
 
-class Base(TinyLlama):
-    """The default base, in the shape that the saver takes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-
 @pytest.fixture(scope="module")
 def directories(default_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Sixteen random adapters to be there at start, and one that comes later."""
@@ -39,7 +32,7 @@ def directories(default_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
     names = [*(f"preload/r{number:02}" for number in range(NUM_ADAPTERS)), "later"]
     small = {"num_vectors": 32, "vector_length": 64, "bank_limit": 0.25}
     for seed, name in enumerate(names):
-        save_vblora(Base(default_base), root / name, seed=seed, r=1 + seed % 4, **small)
+        save_vblora(LlamaOnDisk(default_base), root / name, seed=seed, r=1 + seed % 4, **small)
     return {name.removeprefix("preload/"): root / name for name in names}
 
 
@@ -86,9 +79,7 @@ def demo_registered(options: list[str]) -> None:
 
 @pytest.fixture
 async def client(server: ServerProcess) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300
-    ) as client:
+    async with openai_client(server) as client:
         yield client
 
 
@@ -183,9 +174,7 @@ async def test_after_kill_9_all_that_was_registered_answers(
     """Last of this module: it ends the server that the others use."""
     server.kill_everything()
     with started(*options, "--preload", "none", port=server.port) as again:
-        async with openai.AsyncOpenAI(
-            base_url=f"{again.url}/v1", api_key="none", max_retries=0, timeout=300
-        ) as client:
+        async with openai_client(again) as client:
             for name in ("later", "r03"):
                 assert_same_greedy(await tokens_of(client, name, prompt_ids), expected[name])
             listed = {model.id async for model in client.models.list()}

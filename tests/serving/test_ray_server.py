@@ -23,7 +23,7 @@ import httpx
 import openai
 import pytest
 from ray_model import MAX_MODEL_LEN, Oracle, save_model
-from ray_server import ServerProcess, started, wait_until
+from ray_server import ServerProcess, openai_client, started, wait_until
 from tiny_model import save_vblora
 
 pytestmark = pytest.mark.ray
@@ -81,9 +81,7 @@ def server(options: list[str]) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 async def client(server: ServerProcess) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
-    ) as client:
+    async with openai_client(server) as client:
         yield client
 
 
