@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from core.engine_config import EngineConfig
 from core.errors import CoreError, EngineOverloadedError, InvalidRequestError
 from core.factors import FactorSource
@@ -27,6 +25,7 @@ from core.requests import (
     TokenLogprobs,
 )
 from core.text import IncrementalDetokenizer, StopStrings
+from core.tokenizer import load_tokenizer
 
 Prompt = str | Seq[int]
 
@@ -57,7 +56,7 @@ class LLM:
         factor_source: FactorSource | None = None,
     ) -> None:
         self.engine = load_engine(path, config, factor_source)
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = load_tokenizer(path)
 
     def generate(
         self,

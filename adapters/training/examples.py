@@ -37,7 +37,11 @@ def read_examples(file: Path, tokenizer: Any, max_tokens: int) -> list[Example]:
     OSError.
     """
     examples = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{file} is not in UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

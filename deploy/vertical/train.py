@@ -41,11 +41,11 @@ class Recipe:
     chunk_sizes: tuple[int, ...] = (4, 4, 4)
     window: int = 256
     batch_size: int = 8
-    num_steps: int = 1500
+    num_steps: int = 1000
     warmup_steps: int = 50
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
-    eval_every: int = 100
+    eval_every: int = 50
     seed: int = 0
 
     @property

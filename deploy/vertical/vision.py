@@ -43,7 +43,7 @@ class Recipe:
     patch_size: int = 2
     num_classes: int = 10
     batch_size: int = 64
-    num_epochs: int = 60
+    num_epochs: int = 30
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     seed: int = 0

@@ -125,12 +125,11 @@ def _examples(
     data: Path, held_out: Path | None, base: Path, max_tokens: int
 ) -> tuple[list[Example], list[Example]]:
     """What is trained on, and what is judged by."""
-    from transformers import AutoTokenizer
-
     from adapters.training.errors import TrainingError
     from adapters.training.examples import read_examples
+    from core.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     examples = read_examples(data, tokenizer, max_tokens)
     if held_out is not None:
         return examples, read_examples(held_out, tokenizer, max_tokens)

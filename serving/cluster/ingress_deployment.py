@@ -13,9 +13,9 @@ from pathlib import Path
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from transformers import AutoTokenizer
 
 from core.model_config import read_base_info
+from core.tokenizer import load_tokenizer
 from serving.cluster.engine_deployment import replica_name
 from serving.cluster.garbage import set_loaded_objects_aside
 from serving.cluster.http_server import HttpServer
@@ -48,7 +48,7 @@ class IngressReplica:
         services = Services(
             base_name=base_name,
             base=base,
-            tokenizer=AutoTokenizer.from_pretrained(model),
+            tokenizer=load_tokenizer(model),
             store=open_store(settings, base_name, base),
             engines=RayEngineClient(engines, ingresses, self._receiver),
             max_model_len=await engines.max_model_len.remote(),

@@ -246,6 +246,19 @@ def test_a_file_without_examples(tokenizer: Any, tmp_path: Path) -> None:
         read_examples(tmp_path / "data", tokenizer, 20)
 
 
+def test_a_file_that_is_no_text(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(TrainingError, match="is not in UTF-8"):
+        read_examples(tmp_path / "data", tokenizer, 20)
+
+
+def test_line_separators_inside_a_string_end_no_line(tokenizer: Any, tmp_path: Path) -> None:
+    content = {"prompt": "a\u2028b\x85c", "completion": " d"}
+    (tmp_path / "data").write_text(json.dumps(content, ensure_ascii=False) + "\n")
+    (example,) = read_examples(tmp_path / "data", tokenizer, 20)
+    assert tokenizer.decode(example.prompt) == content["prompt"]
+
+
 def test_a_base_without_a_chat_template(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     plain = AutoTokenizer.from_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """Vertical bases: both ways to run them against transformers over the expanded weights."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from tiny_models import (
     small_engine,
     write_tiny_llama,
 )
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vertical_models import write_expanded, write_vertical_llama
 
 from core.engine_config import EngineConfig
@@ -34,6 +36,7 @@ from core.int8 import dequantise, quantise
 from core.loading import load_engine
 from core.model import LlamaModel
 from core.model_config import read_base_info, read_model_config
+from core.tokenizer import load_tokenizer
 from core.vertical import VerticalConfig
 
 TOKENS = random_prompt(3, 50)
@@ -300,3 +303,15 @@ def test_greedy_tokens_are_the_plain_llamas(tmp_path: Path) -> None:
     for number, prompt in enumerate(prompts):
         expected = reference_greedy(reference, prompt, 20)
         assert_same_greedy(results[str(number)].token_ids, expected)
+
+
+def test_its_tokenizer_loads_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_vertical_llama(tmp_path / "m")
+    vocabulary = {f"t{number}": number for number in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    with caplog.at_level(logging.WARNING):
+        assert load_tokenizer(path)("t7").input_ids == [7]
+    assert "vertical_llama" not in caplog.text
