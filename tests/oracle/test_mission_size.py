@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_oracle import save_vblora
-from test_peft_tokens import Base, references, run_mixed, write_word_tokenizer
+from peft_oracle import LlamaOnDisk, save_vblora
+from test_peft_tokens import references, run_mixed, write_word_tokenizer
 from tiny_models import random_prompt
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,7 +52,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter_dirs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     for seed in (1, 2):
-        save_vblora(Base(base), root / f"seed-{seed}", seed=seed, **PAPER)
+        save_vblora(LlamaOnDisk(base), root / f"seed-{seed}", seed=seed, **PAPER)
     return {path.name: path for path in sorted(root.iterdir())}
 
 
