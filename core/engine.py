@@ -60,6 +60,7 @@ class Engine:
         self.scheduler = Scheduler(config, self._pool, factor_source, max_reusable_prompt=limit)
         self._sequences: dict[str, Sequence] = {}
         self.num_steps = 0
+        self.num_threads = torch.get_num_threads()  # of CPU threads; `load_engine` has set it
         own_limit = config.max_model_len or model.config.max_model_len
         self.max_model_len = min(own_limit, self._pool.num_pages * config.page_size)
 

@@ -10,6 +10,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
+import torch
+
 from core.engine import Engine, EngineStats
 from core.errors import CoreError, InvalidRequestError
 from core.requests import FinishReason, GenerationRequest, RequestOutput
@@ -96,6 +98,8 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            # torch keeps it per thread, and what another thread sets first would count here else
+            torch.set_num_threads(self.engine.num_threads)
             while not self._stopping:
                 num_steps = self.engine.num_steps
                 self._hand_over(self._drain() + self.engine.step())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -332,6 +332,20 @@ def test_background_threads_leave_the_number_of_threads_to_others() -> None:
         later.join()
         assert seen == [2] and torch.get_num_threads() == 2
         pool.shutdown()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_may_be_set_between_a_pool_and_its_first_task() -> None:
+    """As a server does: its factor cache is there before its engine is loaded."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with single_core_pool(1, "test") as pool:
+            torch.set_num_threads(2)
+            assert pool.submit(torch.get_num_threads).result() == 1
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import (
     MemoryFactorSource,
     Result,
@@ -414,3 +415,24 @@ def test_loading_leaves_no_pool_of_threads_beside_the_one_that_steps(tmp_path: P
     at_first, loaded, stepping = map(int, done.stdout.split())
     assert loaded == at_first, "loading has left threads"
     assert stepping == at_first + 3, "the one that steps makes a pool of three"
+
+
+def test_it_computes_with_the_threads_that_its_engine_was_loaded_with(tiny_path: Path) -> None:
+    """Whatever another thread has told torch before the first step."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = small_engine(tiny_path)
+        passing = threading.Thread(target=torch.set_num_threads, args=(1,))
+        passing.start()
+        passing.join()
+        seen: list[int] = []
+        thread = EngineThread(engine, lambda outputs: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.submit(request("x", random_prompt(1, 4)))
+        while not seen:
+            time.sleep(0.01)
+        thread.stop()
+        assert set(seen) == {2}
+    finally:
+        torch.set_num_threads(before)
