@@ -137,20 +137,24 @@ class CompactVBLoRA(_CompactForm):
 
 @dataclass(frozen=True, eq=False)
 class CompactLoRA(_CompactForm):
-    """LoRA and rsLoRA: all factors in one flat tensor, rank-major, in `layout.factor_order`.
+    """LoRA and what is lowered to it: all factors in one flat tensor, rank-major, in
+    `layout.factor_order`.
 
     `values` has the dtype of the file (of several, the one that holds all exactly); alpha, r and
-    use_rslora are folded into each module's scale.
+    use_rslora are folded into each module's scale. `gains`, DoRA's alone, are the gain_O of all
+    modules in their order, float32.
     """
 
     values: Tensor
+    gains: Tensor | None = None
 
     kind: ClassVar[str] = "lora"
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """`values`, one-dimensional."""
-        return {"values": self.values}
+        """`values` and, where there are any, `gains`; one-dimensional."""
+        gains = {} if self.gains is None else {"gains": self.gains}
+        return {"values": self.values, **gains}
 
     @property
     def bank(self) -> None:
@@ -159,8 +163,14 @@ class CompactLoRA(_CompactForm):
 
     @property
     def num_stored_parameters(self) -> int:
-        """Number of values of all A and B."""
-        return self.values.numel()
+        """Number of values of all A and B, and of gains."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def factor_bytes(self) -> int:
+        """Adds the gains."""
+        gains = 0 if self.gains is None else self.gains.numel()
+        return super().factor_bytes + gains * _FACTOR_VALUE_BYTES
 
 
 CompactAdapter = CompactVBLoRA | CompactLoRA
@@ -219,7 +229,8 @@ class CompactBlob:
         try:
             modules = _decode_modules(self.metadata["modules"], model)
             if self.metadata["kind"] == CompactLoRA.kind:
-                return CompactLoRA(self.base_fingerprint, modules, self.tensors["values"])
+                values, gains = self.tensors["values"], self.tensors.get("gains")
+                return CompactLoRA(self.base_fingerprint, modules, values, gains)
             assert bank is not None and bank.digest == self.bank_digest
             indices, weights = self.tensors["indices"], self.tensors["weights"]
             return CompactVBLoRA(self.base_fingerprint, modules, bank, indices, weights)

@@ -2,8 +2,8 @@
 
 y += scale * (x @ A.T) @ B.T with scale = alpha / r, or alpha / sqrt(r) for rsLoRA; rank_pattern and
 alpha_pattern give single modules their own r and alpha. Initialisations that leave the base alone
-are served; those that change it (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) are refused unless PEFT has
-converted the adapter, since the increment belongs to the changed base.
+are served; those that change it (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) are refused unless it
+was converted, by PEFT or by `pissa`, since the increment belongs to the changed base.
 
 Shape legend: R rank, I input features, O output features.
 """
@@ -26,7 +26,7 @@ from adapters.peft_targets import claimed_modules
 from adapters.peft_tensors import FLOATS, PeftTensors, check_finite, tensor_name
 from core.model_config import BaseInfo
 
-_SERVED_KEYS = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
+SERVED_KEYS = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
 
 
 def read_lora(
@@ -36,7 +36,7 @@ def read_lora(
 
     Raises UnsupportedAdapterError or MalformedAdapterError; nothing is served in part.
     """
-    check_features(config, _SERVED_KEYS)
+    check_features(config, SERVED_KEYS)
     specs = _read_modules(config, base)
     own = PeftTensors(tensors)
     names = {_weight_name(spec, side) for spec in specs for side in ("a", "b")}
@@ -47,13 +47,18 @@ def read_lora(
     return CompactLoRA(base.fingerprint, specs, values)
 
 
-def _read_modules(config: Mapping[str, Any], base: BaseInfo) -> tuple[ModuleSpec, ...]:
+def check_layers(config: Mapping[str, Any]) -> None:
+    """Raise MalformedAdapterError where LoRA's config names layers and a pattern as well."""
     targets = config.get("target_modules")
     by_regex = isinstance(targets, str) and targets.lower() != "all-linear"
     if by_regex and config.get("layers_to_transform") is not None:
         raise MalformedAdapterError(
             "layers_to_transform cannot be used when target_modules is a pattern"
         )
+
+
+def _read_modules(config: Mapping[str, Any], base: BaseInfo) -> tuple[ModuleSpec, ...]:
+    check_layers(config)
     scaling = Scaling(config)
     keys = claimed_modules(config, base.config.num_layers)
     specs = (module_spec(key, *scaling.rank_and_scale(key), base.config) for key in keys)

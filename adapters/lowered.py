@@ -157,8 +157,15 @@ def _shared_name(name: str) -> str:
     return f"base_model.{name}"
 
 
-def compact_lora(base: BaseInfo, pairs: Mapping[ModuleKey, LowRankPair]) -> CompactLoRA:
-    """The compact form of these pairs, rounded to fp32. Raises MalformedAdapterError."""
+def compact_lora(
+    base: BaseInfo,
+    pairs: Mapping[ModuleKey, LowRankPair],
+    gains: Mapping[ModuleKey, Tensor] | None = None,
+) -> CompactLoRA:
+    """The compact form of these pairs, rounded to fp32. Raises MalformedAdapterError.
+
+    `gains`, if there are any, has the gain_O of every module.
+    """
     specs = in_layout_order(
         module_spec(key, len(pair.a_RI), pair.scale, base.config) for key, pair in pairs.items()
     )
@@ -170,4 +177,8 @@ def compact_lora(base: BaseInfo, pairs: Mapping[ModuleKey, LowRankPair]) -> Comp
     ]
     values = torch.cat([part.flatten() for part in parts]).float()
     check_finite("of the lowered factors", values)
-    return CompactLoRA(base.fingerprint, specs, values)
+    if gains is None:
+        return CompactLoRA(base.fingerprint, specs, values)
+    all_gains = torch.cat([gains[spec.key] for spec in specs]).float()
+    check_finite("of the gains", all_gains)
+    return CompactLoRA(base.fingerprint, specs, values, all_gains)

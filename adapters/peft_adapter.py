@@ -11,6 +11,7 @@ from torch import Tensor
 from adapters.compact import CompactAdapter, CompactVBLoRA
 from adapters.errors import MalformedAdapterError, UnsupportedAdapterError
 from adapters.lora import read_lora
+from adapters.lora_variants import is_lora_xs, read_dora, read_lora_xs
 from adapters.lowered import read_adalora, read_loha, read_vera
 from adapters.peft_files import PeftFiles, read_peft_files
 from adapters.vblora import read_vblora
@@ -22,9 +23,22 @@ MAX_CONFIG_BYTES = 1024**2
 MAX_WEIGHTS_BYTES = 512 * 1024**2
 
 _Reader = Callable[[Mapping[str, Any], Mapping[str, Tensor], BaseInfo], CompactAdapter]
+
+
+def _read_kind_of_lora(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: BaseInfo
+) -> CompactAdapter:
+    """What PEFT or a method's authors call LORA. Raises as `read_lora` does."""
+    if is_lora_xs(tensors):
+        return read_lora_xs(config, tensors, base)
+    if config.get("use_dora"):
+        return read_dora(config, tensors, base)
+    return read_lora(config, tensors, base)
+
+
 _READERS: dict[str, _Reader] = {
     "VBLORA": read_vblora,
-    "LORA": read_lora,
+    "LORA": _read_kind_of_lora,
     "ADALORA": read_adalora,
     "VERA": read_vera,
     "LOHA": read_loha,

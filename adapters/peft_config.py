@@ -40,7 +40,7 @@ _REFUSED = {
     "target_parameters": "only torch.nn.Linear modules are served",
     "trainable_token_indices": "changed embeddings are not served",
     "use_bdlora": "block-diagonal factors are not served",
-    "use_dora": "DoRA rescales the rows of the base's weights",
+    "use_dora": "magnitudes are served of LoRA alone",
     "use_qalora": "QA-LoRA pools the inputs of quantised layers",
     "velora_config": "VeLoRA is not served",
 }
@@ -78,7 +78,8 @@ def _check_init(value: Any) -> None:
     if not any(value is init or value == init for init in _SERVED_INITS):
         raise UnsupportedAdapterError(
             f"init_lora_weights={_short(value)}: such an adapter belongs to a base whose weights "
-            "were changed with it; save it with path_initial_model_for_weight_conversion",
+            "were changed with it; save it with path_initial_model_for_weight_conversion, or let "
+            "'pissa' be undone by `vbserve convert pissa`",
             feature="init_lora_weights",
         )
 

@@ -20,7 +20,7 @@ _ADAPTED_MODULE = re.compile(
 )
 
 _UNSUPPORTED = (
-    ("lora_magnitude_vector", "use_dora", "DoRA's magnitudes are not served"),
+    ("lora_magnitude_vector", "use_dora", "magnitudes are not served without use_dora"),
     (".lora_B.bias", "lora_bias", "biases are not served"),
     ("lora_embedding_", "embed_tokens", "adapted embeddings are not served"),
     ("token_adapter", "trainable_token_indices", "changed embeddings are not served"),

@@ -32,10 +32,15 @@ def rebuild_factors(
     Computed in float32 and rounded to `dtype` once, at the end.
     """
     if isinstance(adapter, CompactLoRA):
-        buffer = adapter.values.to(device=device, dtype=dtype, copy=True)
+        values = (
+            adapter.values if adapter.gains is None else torch.cat(list(adapter.tensors.values()))
+        )
+        buffer = values.to(device=device, dtype=dtype, copy=True)
     else:
         buffer = gather_sub_vectors(adapter, device).view(-1).to(dtype)
-    return AdapterFactors(adapter.digest, _pairs(adapter, buffer), buffer.nbytes)
+    return AdapterFactors(
+        adapter.digest, _pairs(adapter, buffer), buffer.nbytes, _gains(adapter, buffer)
+    )
 
 
 def gather_sub_vectors(adapter: CompactVBLoRA, device: torch.device | str = "cpu") -> Tensor:
@@ -58,7 +63,8 @@ def all_weights(weights_NJ: Tensor) -> Tensor:
 
 def _pairs(adapter: CompactAdapter, buffer: Tensor) -> dict[ModuleKey, LowRankPair]:
     order = adapter.factor_order
-    pieces = buffer.split([spec.num_values(side) for spec, side in order])
+    sizes = [spec.num_values(side) for spec, side in order]
+    pieces = buffer[: sum(sizes)].split(sizes)
     factors: dict[Side, dict[ModuleKey, Tensor]] = {"a": {}, "b": {}}
     for (spec, side), piece in zip(order, pieces, strict=True):
         factors[side][spec.key] = piece.view(spec.rank, -1)
@@ -66,3 +72,11 @@ def _pairs(adapter: CompactAdapter, buffer: Tensor) -> dict[ModuleKey, LowRankPa
         spec.key: LowRankPair(factors["a"][spec.key], factors["b"][spec.key], spec.scale)
         for spec in adapter.modules
     }
+
+
+def _gains(adapter: CompactAdapter, buffer: Tensor) -> dict[ModuleKey, Tensor]:
+    """Of the end of the buffer, behind all factors."""
+    if not isinstance(adapter, CompactLoRA) or adapter.gains is None:
+        return {}
+    pieces = buffer[len(adapter.values) :].split([spec.out_features for spec in adapter.modules])
+    return {spec.key: piece for spec, piece in zip(adapter.modules, pieces, strict=True)}

@@ -4,7 +4,8 @@ Each adapter in a batch occupies a range of columns (its rank) in every stack, s
 take two dense multiplications whatever their adapters: x @ A_all.T, times a mask that keeps each
 row's own columns, @ B_all. Where that wastes too much (many columns or many rows), rows of one
 adapter are multiplied with its own columns only. Stacks change only when an adapter comes in that
-is not there yet. Knows nothing of where factors come from.
+is not there yet. Gains are read where the leases hold them. Knows nothing of where factors come
+from.
 
 Shape legend: T rows of the step, C columns, I input features, O output features, J projections
 that share one input.
@@ -13,6 +14,7 @@ that share one input.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,6 +37,15 @@ class _Stack:
 
 
 @dataclass(frozen=True)
+class _GainRows:
+    """What the base gives rows start..end-1 is multiplied with `gains`."""
+
+    start: int
+    end: int
+    gains: Mapping[ModuleKey, Tensor]
+
+
+@dataclass(frozen=True)
 class ColumnRows:
     """Rows start..end-1 use columns first..last-1 (none for the base)."""
 
@@ -48,13 +59,20 @@ class StackBinding:
     """What one step adds to the base's outputs; made by `AdapterSlots.bind`."""
 
     def __init__(
-        self, stacks: Seq[Seq[_Stack]], rows: tuple[ColumnRows, ...], others_TC1: Tensor | None
+        self,
+        stacks: Seq[Seq[_Stack]],
+        rows: tuple[ColumnRows, ...],
+        others_TC1: Tensor | None,
+        gain_rows: tuple[_GainRows, ...],
     ):
         self._stacks, self._rows, self._others_TC1 = stacks, rows, others_TC1
+        self._gain_rows = gain_rows
 
     def add(self, layer: int, fused: int, x_TI: Tensor, y_TO: Tensor) -> None:
-        """Add the increments of `FUSED_PROJECTIONS[fused]` to `y_TO` in place."""
+        """Let `y_TO`, in place, have gains and increments of `FUSED_PROJECTIONS[fused]`."""
         stack = self._stacks[layer][fused]
+        for gain_rows in self._gain_rows:
+            _multiply_gains(gain_rows, layer, FUSED_PROJECTIONS[fused], stack, y_TO)
         if self._others_TC1 is not None:
             _add_masked(stack, x_TI, y_TO, self._others_TC1)
             return
@@ -99,7 +117,12 @@ class AdapterSlots:
         others = None
         if _prefer_mask(rows, self._last_column(active)):
             others = self._others(rows, adapter_rows[-1].end, self._last_column(active))
-        return StackBinding(self._stacks, rows, others)
+        gain_rows = tuple(
+            _GainRows(entry.start, entry.end, entry.lease.factors.gains)
+            for entry in adapter_rows
+            if entry.lease is not None and entry.lease.factors.gains
+        )
+        return StackBinding(self._stacks, rows, others, gain_rows)
 
     def check_integrity(self) -> None:
         """Assert that ranges of columns are disjoint and inside the stacks."""
@@ -208,6 +231,18 @@ def _prefer_mask(rows: tuple[ColumnRows, ...], num_columns: int) -> bool:
     wasted = num_columns * rows[-1].end
     own = sum((entry.last - entry.first) * (entry.end - entry.start) for entry in rows)
     return wasted <= own + 256 * len(rows)
+
+
+def _multiply_gains(
+    rows: _GainRows, layer: int, names: tuple[str, ...], stack: _Stack, y_TO: Tensor
+) -> None:
+    start = 0
+    for name, b_CO in zip(names, stack.b_JCO, strict=True):
+        end = start + b_CO.shape[1]
+        gain_O = rows.gains.get(ModuleKey(layer, name))
+        if gain_O is not None:
+            y_TO[rows.start : rows.end, start:end] *= gain_O
+        start = end
 
 
 def _add_masked(stack: _Stack, x_TI: Tensor, y_TO: Tensor, others_TC1: Tensor) -> None:

@@ -9,7 +9,7 @@ the seam behind which another package rebuilds and caches them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -51,13 +51,15 @@ class AdapterFactors:
 
     Tensors are contiguous, on the engine's device and in its dtype.
 
-    Modules that the adapter leaves alone have no pair. Pairs may differ in rank. `num_bytes` is
-    the size of the storage that the pairs view.
+    Modules that the adapter leaves alone have no pair. Pairs may differ in rank. Where a module
+    with a pair has a gain_O too, what the base gives is multiplied with it before the increment is
+    added, as DoRA does. `num_bytes` is the size of the storage that pairs and gains view.
     """
 
     digest: str
     pairs: Mapping[ModuleKey, LowRankPair]
     num_bytes: int
+    gains: Mapping[ModuleKey, Tensor] = field(default_factory=dict)
 
     @property
     def max_rank(self) -> int:

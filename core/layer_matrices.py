@@ -10,7 +10,8 @@ Shape legend: I input features, O output features, R ranks of a chunk's incremen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint
 from core.factors import LowRankPair, ModuleKey
-from core.model_config import ModelConfig
+from core.model_config import BaseInfo, ModelConfig
 from core.vertical import VerticalConfig
 
 
@@ -36,6 +37,23 @@ class LayerMatrices(Protocol):
     def increments(self, layer: int, names: Sequence[str]) -> Mapping[str, LowRankPair]:
         """What the layer adds to its owner's product, for every row; empty for an owner."""
         ...
+
+
+def layer_matrices(checkpoint: Checkpoint, config: ModelConfig, *, factored: bool) -> LayerMatrices:
+    """The matrices of a base, plain or vertical; `factored` is how a vertical one is read."""
+    if config.vertical is None:
+        return PlainMatrices(checkpoint, config)
+    return VerticalMatrices(checkpoint, config, config.vertical, factored=factored)
+
+
+@contextmanager
+def matrices_in_fp32(base: BaseInfo) -> Iterator[LayerMatrices]:
+    """What each layer of a stored base multiplies with, on the CPU. Ask for layers in order.
+
+    Raises UnsupportedModelError for a tensor that is missing or has another shape.
+    """
+    with Checkpoint(base.path, torch.device("cpu"), torch.float32) as checkpoint:
+        yield layer_matrices(checkpoint, base.config, factored=False)
 
 
 class PlainMatrices:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint
 from core.factors import LowRankPair
-from core.layer_matrices import LayerMatrices, PlainMatrices, VerticalMatrices
+from core.layer_matrices import LayerMatrices, layer_matrices
 from core.linear import FrozenLinear, Linear, MakeLinear
 from core.model_config import ModelConfig
 
@@ -82,7 +82,7 @@ def load_weights(
     Raises UnsupportedModelError for a tensor that is missing or has another shape.
     """
     with Checkpoint(path, device, dtype) as checkpoint:
-        matrices = _matrices(checkpoint, config, factored)
+        matrices = layer_matrices(checkpoint, config, factored=factored)
         layers = tuple(_layers(checkpoint, matrices, config, makers))
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding = checkpoint.read("model.embed_tokens.weight", vocabulary)
@@ -91,12 +91,6 @@ def load_weights(
         head_VH = embedding if tied else checkpoint.read("lm_head.weight", vocabulary)
         head = makers.head(head_VH)
     return ModelWeights(embedding, layers, norm, head, _num_bytes(embedding, layers, norm, head))
-
-
-def _matrices(checkpoint: Checkpoint, config: ModelConfig, factored: bool) -> LayerMatrices:
-    if config.vertical is None:
-        return PlainMatrices(checkpoint, config)
-    return VerticalMatrices(checkpoint, config, config.vertical, factored=factored)
 
 
 def _layers(

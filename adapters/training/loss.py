@@ -17,19 +17,23 @@ from adapters.training.examples import Example
 
 
 def answer_loss(model: Any, batch: Sequence[Example]) -> Tensor:
-    """Of a PEFT model over a transformers Llama; logits are computed where they count alone."""
+    """Of a PEFT model over a transformers Llama."""
+    targets = [token for example in batch for token in example.answer]
+    return functional.cross_entropy(answer_logits(model, batch), torch.tensor(targets))
+
+
+def answer_logits(model: Any, batch: Sequence[Example]) -> Tensor:
+    """(N, V): what predicts the answers' tokens, example by example; other logits are not made."""
     shared = _shared_start([example.prompt for example in batch])
     rows = [[*example.prompt, *example.answer] for example in batch]
     hidden_BTD = _hidden_states(model, shared, rows)
     predicting: list[Tensor] = []
-    targets: list[int] = []
     for hidden_TD, example in zip(hidden_BTD, batch, strict=True):
         # The prompt's last token predicts the answer's first.
         first = len(example.prompt) - len(shared) - 1
         predicting.append(hidden_TD[first : first + len(example.answer)])
-        targets += example.answer
-    logits_NV = model.get_base_model().lm_head(torch.cat(predicting))
-    return functional.cross_entropy(logits_NV, torch.tensor(targets))
+    logits_NV: Tensor = model.get_base_model().lm_head(torch.cat(predicting))
+    return logits_NV
 
 
 def _shared_start(prompts: Sequence[tuple[int, ...]]) -> list[int]:

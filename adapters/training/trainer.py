@@ -8,7 +8,7 @@ files but its own state's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from adapters.training.errors import TrainingError
 from adapters.training.examples import Example
-from adapters.training.loss import answer_loss
+from adapters.training.loop import Batch, BatchOf, TrainingLoop
 from adapters.training.recipe import Recipe
 from core.model_config import read_model_config
 
-Batch = Sequence[Example]
 
-
-def shuffled(examples: Sequence[Example], recipe: Recipe) -> Callable[[int], Batch]:
+def shuffled(examples: Sequence[Example], recipe: Recipe) -> BatchOf:
     """Batches by step: the examples in another order in each pass over them."""
 
     def batch_of(step: int) -> Batch:
@@ -40,7 +38,7 @@ def _order(count: int, place: int, seed: int) -> int:
     return int(torch.randperm(count, generator=rng)[place % count])
 
 
-class AdapterTrainer:
+class AdapterTrainer(TrainingLoop):
     """An adapter in training over the base in the directory `base`, in fp32.
 
     `batch_of` gives a step's examples. With `bank` (H, B) that bank is used and kept as it is: the
@@ -51,7 +49,7 @@ class AdapterTrainer:
         self,
         base: Path,
         recipe: Recipe,
-        batch_of: Callable[[int], Batch],
+        batch_of: BatchOf,
         *,
         bank: Tensor | None = None,
     ) -> None:
@@ -59,50 +57,22 @@ class AdapterTrainer:
             recipe = replace(recipe, num_vectors=len(bank), vector_length=bank.shape[1])
         model_config = read_model_config(base)
         self.recipe = replace(recipe, vector_length=recipe.length_for(model_config))
-        self.num_done = 0
-        self._batch_of = batch_of
-        self.model = _new_adapter(base, self.recipe)
+        model = _new_adapter(base, self.recipe)
         self._train_bank = bank is None
         if bank is not None:
-            _set_bank(self.model, bank)
-        self.optimizer = _optimizer(self.model, self.recipe)
-        self._schedule = torch.optim.lr_scheduler.LinearLR(
-            self.optimizer, 1.0, 0.0, self.recipe.num_steps
+            set_bank(model, bank).requires_grad_(False)
+        super().__init__(
+            model,
+            parameter_groups(model, self.recipe),
+            num_steps=recipe.num_steps,
+            batch_size=recipe.batch_size,
+            batch_of=batch_of,
         )
-
-    @property
-    def is_done(self) -> bool:
-        """Whether all steps of the recipe have been made."""
-        return self.num_done >= self.recipe.num_steps
-
-    def step(self) -> float:
-        """One step; returns its loss in nats a token."""
-        loss = answer_loss(self.model, self._batch_of(self.num_done))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self._schedule.step()
-        self.num_done += 1
-        return loss.item()
-
-    def loss_over(self, examples: Sequence[Example]) -> float:
-        """Mean loss a token over `examples`, in nats."""
-        size, total, tokens = self.recipe.batch_size, 0.0, 0
-        with torch.no_grad():
-            for start in range(0, len(examples), size):
-                batch = examples[start : start + size]
-                num_tokens = sum(len(example.answer) for example in batch)
-                total += answer_loss(self.model, batch).item() * num_tokens
-                tokens += num_tokens
-        return total / tokens
 
     def save(self, directory: Path, base_name: str) -> None:
         """Write PEFT's files; `base_name` is what they say of the base."""
-        config = self.model.peft_config["default"]
-        config.base_model_name_or_path = base_name  # not the path that it had on this machine
-        config.target_modules = list(self.recipe.target_modules)  # a set until here, in any order
-        self.model.save_pretrained(directory, save_embedding_layers=False)
-        (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+        self.model.peft_config["default"].target_modules = list(self.recipe.target_modules)
+        save_adapter(self.model, directory, base_name)
 
     # -- state --------------------------------------------------------------------------------
 
@@ -170,14 +140,27 @@ def _new_adapter(base: Path, recipe: Recipe) -> Any:
         return get_peft_model(model, config)
 
 
-def _set_bank(model: Any, bank: Tensor) -> None:
+def save_adapter(model: Any, directory: Path, base_name: str) -> None:
+    """Write PEFT's files; `base_name` is what they say of the base."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base_name  # not the path that it had on this machine
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
+    model.save_pretrained(directory, save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+
+
+def set_bank(model: Any, bank: Tensor) -> Tensor:
+    """Give the adapter these vectors; returns its parameter."""
+    own: Tensor
     (own,) = (weight for name, weight in model.named_parameters() if "vector_bank" in name)
     with torch.no_grad():
         own.copy_(bank)
-    own.requires_grad_(False)
+    return own
 
 
-def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
+def parameter_groups(model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    """Bank and logits, each with its learning rate; groups of nothing are left out."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     bank = [weight for name, weight in trained if "vector_bank" in name]
     logits = [weight for name, weight in trained if "vector_bank" not in name]
@@ -185,4 +168,4 @@ def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": bank, "lr": recipe.bank_learning_rate},
         {"params": logits, "lr": recipe.logits_learning_rate},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    return [group for group in groups if group["params"]]

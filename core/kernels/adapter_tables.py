@@ -9,10 +9,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from core.batch import AdapterRows
 from core.factors import PROJECTIONS, AdapterFactors, LowRankPair
@@ -93,21 +95,30 @@ def _pairs(factors: AdapterFactors, config: ModelConfig) -> npt.NDArray[np.void]
     by_layer: list[dict[str, LowRankPair]] = [{} for _ in range(config.num_layers)]
     for key, pair in factors.pairs.items():
         by_layer[key.layer][key.projection] = pair
-    return np.concatenate([pair_records(pairs) for pairs in by_layer])
+    gains: list[dict[str, Tensor]] = [{} for _ in range(config.num_layers)]
+    for key, gain_O in factors.gains.items():
+        gains[key.layer][key.projection] = gain_O
+    return np.concatenate([pair_records(*layer) for layer in zip(by_layer, gains, strict=True)])
 
 
-def pair_records(pairs: Mapping[str, LowRankPair]) -> npt.NDArray[np.void]:
+def pair_records(
+    pairs: Mapping[str, LowRankPair], gains: Mapping[str, Tensor] = MappingProxyType({})
+) -> npt.NDArray[np.void]:
     """One layer's `PAIR` records in `PROJECTIONS`' order, of rank 0 where there is no pair.
 
     They hold addresses: valid while the tensors live.
     """
     table = np.zeros(len(PROJECTIONS), dtype=PAIR)
     for name, pair in pairs.items():
-        for tensor in (pair.a_RI, pair.b_RO):
+        gain_O = gains.get(name)
+        for tensor in (pair.a_RI, pair.b_RO, gain_O):
+            if tensor is None:
+                continue
             if tensor.dtype != torch.float32 or not tensor.is_contiguous():
                 raise TypeError(f"factors of {name} are not contiguous fp32, see AdapterFactors")
         addresses = pair.a_RI.data_ptr(), pair.b_RO.data_ptr()
-        table[PROJECTIONS.index(name)] = (*addresses, len(pair.a_RI), pair.scale)
+        gain = 0 if gain_O is None else gain_O.data_ptr()
+        table[PROJECTIONS.index(name)] = (*addresses, len(pair.a_RI), pair.scale, gain)
     return table
 
 

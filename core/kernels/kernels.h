@@ -15,11 +15,13 @@ typedef struct {
     int64_t in, out, half, terms, form, shared;
 } matrix_t;
 
-/* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. */
+/* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. Where there
+ * is a gain, [out], what the base gives is multiplied with it first. */
 typedef struct {
     const float *a, *b;
     int64_t rank;
     double scale;
+    const float *gain;
 } pair_t;
 
 /* Rows start..end-1 belong to the adapter whose pairs begin at `pairs`. */

@@ -63,6 +63,8 @@ void add_lone_row(const low_rank_t *adds, int64_t row, const float *x, float *y,
     for (int64_t j = 0; j < adds->num_projections; y += adds->outs[j++], pair++) {
         int64_t r = 0, out = adds->outs[j];
         float scale = (float)pair->scale;
+        if (pair->gain)
+            for (int64_t o = 0; o < out; o++) y[o] *= pair->gain[o];
         for (; r + RANKS <= pair->rank; r += RANKS)
             add_row(x, y, pair->a + r * in, pair->b + r * out, scale, in, out, RANKS);
         for (; r < pair->rank; r++)

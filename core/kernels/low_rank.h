@@ -1,17 +1,24 @@
 /* What is added to a product: the base's own increments, tile by tile for all rows, and what adapters
  * add, in two ways. Rows that fill a tile of the product with one adapter
  * get theirs tile by tile; all other rows of adapters, lone rows, get theirs when the product is
- * done: each has factors of its own to read, which were fetched meanwhile. All of it runs inside a
- * parallel region. */
+ * done: each has factors of its own to read, which were fetched meanwhile. Where an adapter has gains
+ * all its rows are lone rows. All of it runs inside a parallel region. */
 #pragma once
 
 #include "kernels.h"
 #include "tiles.h"
 
+static inline int has_gain(const low_rank_t *adds, int64_t segment) {
+    const pair_t *pair = adds->segments[segment].pairs + adds->first;
+    for (int64_t j = 0; j < adds->num_projections; j++)
+        if (pair[j].gain) return 1;
+    return 0;
+}
+
 /* Whether rows row..row+rows-1, a tile, get theirs there. */
 static inline int fills_tile(const low_rank_t *adds, int64_t row, int64_t rows) {
     int64_t s = adds->segment_of[row];
-    return rows == TILE_ROWS && s >= 0 && row + rows <= adds->segments[s].end;
+    return rows == TILE_ROWS && s >= 0 && row + rows <= adds->segments[s].end && !has_gain(adds, s);
 }
 
 /* `inner` of the rows that fill tiles; the threads of the region share the work and wait for each
@@ -38,7 +45,7 @@ void expand_rows(const increments_t *incs, int64_t row, int64_t rows, int64_t co
  * `number` counts them, from 0. */
 int64_t next_lone_row(const low_rank_t *adds, int64_t row, int64_t rows, int64_t *number);
 
-/* Add everything to a lone row; x and y are where it begins. */
+/* Let a lone row have its gains and everything that is added; x and y are where it begins. */
 void add_lone_row(const low_rank_t *adds, int64_t row, const float *x, float *y, int64_t in);
 
 /* The factors of this thread's lone rows, run by run. */

@@ -10,7 +10,7 @@ import numpy as np
 
 from core.factors import PROJECTIONS
 
-PAIR = np.dtype([("a", "i8"), ("b", "i8"), ("rank", "i8"), ("scale", "f8")])
+PAIR = np.dtype([("a", "i8"), ("b", "i8"), ("rank", "i8"), ("scale", "f8"), ("gain", "i8")])
 SEGMENT = np.dtype([("start", "i8"), ("end", "i8"), ("pairs", "i8")])
 
 _Fields = list[tuple[str, Any]]

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from adapters.training.examples import make_example
+from adapters.training.examples import Example, make_example
+from adapters.training.loop import BatchOf
 from adapters.training.recipe import Recipe
 from adapters.training.trainer import AdapterTrainer
 from core.factors import PROJECTIONS
-from deploy.demo.tasks import TASKS, distinct_examples, task_named
+from deploy.demo.tasks import TASKS, Task, distinct_examples, task_named
+from deploy.demo.tasks import Example as TaskExample
 from serving.default_base import BASE_NAME, ensure_default_base
 
 __all__ = ["ADAPTERS", "PROJECTIONS", "RECIPES", "Recipe", "chat_prompt", "train"]
@@ -41,11 +44,9 @@ def chat_prompt(tokenizer: Any, message: str) -> str:
     return str(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
 
 
-def train(task_name: str, recipe: Recipe, base: Path, out: Path) -> None:
-    """Train on the task's training split and write the adapter to the directory `out`."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    size = recipe.batch_size
-    examples = [
+def tokenised(examples: Sequence[TaskExample], tokenizer: Any) -> list[Example]:
+    """Messages and answers as chats, in tokens."""
+    return [
         make_example(
             {
                 "messages": [
@@ -55,11 +56,21 @@ def train(task_name: str, recipe: Recipe, base: Path, out: Path) -> None:
             },
             tokenizer,
         )
-        for example in distinct_examples(
-            task_named(task_name), "train", recipe.num_steps * size, recipe.seed
-        )
+        for example in examples
     ]
-    trainer = AdapterTrainer(base, recipe, lambda step: examples[step * size : (step + 1) * size])
+
+
+def batches(task: Task, recipe: Recipe, base: Path) -> BatchOf:
+    """Each training example once, in the order in which they are made."""
+    size = recipe.batch_size
+    made = distinct_examples(task, "train", recipe.num_steps * size, recipe.seed)
+    examples = tokenised(made, AutoTokenizer.from_pretrained(base))
+    return lambda step: examples[step * size : (step + 1) * size]
+
+
+def train(task_name: str, recipe: Recipe, base: Path, out: Path) -> None:
+    """Train on the task's training split and write the adapter to the directory `out`."""
+    trainer = AdapterTrainer(base, recipe, batches(task_named(task_name), recipe, base))
     start = time.monotonic()
     while not trainer.is_done:
         loss = trainer.step()

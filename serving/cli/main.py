@@ -58,7 +58,9 @@ COMMANDS = {
         "serving.cli.inspect", "inspect", "Tell what a PEFT adapter directory holds."
     ),
     "convert": LazyCommand(
-        "serving.cli.convert", "convert", "LoRA as VB-LoRA, a model as a vertical base: how near."
+        "serving.cli.convert",
+        "convert",
+        "LoRA as VB-LoRA, PiSSA as LoRA, a model as a vertical base.",
     ),
     "loadtest": LazyCommand(
         "loadtest.cli", "loadtest", "Measure a running server: latencies, throughput, plots."

@@ -77,7 +77,7 @@ def train(
     A line is {"prompt": "...", "completion": "..."} or {"messages": [...]}, as OpenAI's. OUT is
     what PEFT would write, and under OUT/training the curve of losses.
     """
-    _need_peft()
+    need_peft()
     from adapters.training.recipe import Recipe
     from serving.default_base import ensure_default_base
 
@@ -89,7 +89,7 @@ def train(
     with told_plainly(*offline_errors(), OSError):
         recipe = Recipe(**settings)
         base = model or ensure_default_base(progress=click.echo)
-        seen, judged = _examples(data, held_out, base, max_tokens)
+        seen, judged = split_examples(data, held_out, base, max_tokens)
         trainer = _trainer(base, recipe, seen, bank)
         curve = trainer.read_state(state)["curve"] if resume else []
         _run(trainer, judged, curve, state, save_every)
@@ -114,14 +114,15 @@ def train(
         )
 
 
-def _need_peft() -> None:
+def need_peft() -> None:
+    """ClickException where PEFT is not installed."""
     from importlib.util import find_spec
 
     if find_spec("peft") is None:
         raise click.ClickException("training needs peft: pip install 'vbserve[train]'")
 
 
-def _examples(
+def split_examples(
     data: Path, held_out: Path | None, base: Path, max_tokens: int
 ) -> tuple[list[Example], list[Example]]:
     """What is trained on, and what is judged by."""

@@ -117,7 +117,22 @@ def save_lora(
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             parameter.data.normal_(0, 0.1, generator=generator)
+        elif "lora_magnitude_vector" in name:
+            drawn = torch.rand(parameter.shape, generator=generator)
+            parameter.data.mul_(0.5 + drawn)
     model.to(dtype).save_pretrained(path)
+
+
+def save_lora_xs(llama: TinyLlama, path: Path, *, seed: int = 0, **settings: Any) -> None:
+    """A LoRA-XS adapter as its authors' code saves it: a small matrix between A and B."""
+    save_lora(llama, path, seed=seed, **settings)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = read_tensors(path)
+    for name, a_RI in list(tensors.items()):
+        if name.endswith("lora_A.weight"):
+            inner = name.replace("lora_A", "default_lora_latent_mapping")
+            tensors[inner] = torch.randn(len(a_RI), len(a_RI), generator=generator)
+    write_tensors(path, tensors)
 
 
 @without_peft_warnings

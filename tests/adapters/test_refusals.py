@@ -74,7 +74,6 @@ COMMON_UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 LORA_UNSUPPORTED: dict[str, Any] = {
-    "use_dora": True,
     "lora_bias": True,
     "target_parameters": ["mlp.weight"],
     "layer_replication": [[0, 2], [1, 2]],
@@ -323,7 +322,7 @@ def test_a_sum_of_weights_just_over_1_is_rounding(vblora: Path, base: BaseInfo) 
 
 
 REAL_UNSUPPORTED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dora": (save_lora, {"use_dora": True}),
+    "dora_bias": (save_lora, {"use_dora": True, "lora_bias": True}),
     "lora_bias": (save_lora, {"lora_bias": True}),
     "pissa": (save_lora, {"init_lora_weights": "pissa"}),
     "tokens": (save_lora, {"trainable_token_indices": [1, 2]}),

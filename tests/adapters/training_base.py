@@ -9,15 +9,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def write_small_base(path: Path, tokenizer: Any) -> Path:
+def write_small_base(path: Path, tokenizer: Any, **sizes: int) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            **sizes,
+        }
     )
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -13,7 +13,7 @@ from tiny_models import random_factors, write_tiny_llama
 from torch import Tensor
 
 from core.batch import AdapterRows
-from core.factors import AdapterFactors, ModuleKey
+from core.factors import PROJECTIONS, AdapterFactors, ModuleKey
 from core.kernels.build import load_library
 from core.model_config import ModelConfig, read_model_config
 from core.torch_ops import silu_mul
@@ -43,7 +43,7 @@ def slow_add(
     config: ModelConfig, rows: Sequence[AdapterRows], layer: int, fused: int, x_TI: Tensor,
     y_TO: Tensor,
 ) -> Tensor:  # fmt: skip
-    """y + scale * B (A x), row by row and projection by projection, in fp64."""
+    """gain * y + scale * B (A x), row by row and projection by projection, in fp64."""
     out = y_TO.double().clone()
     for entry in rows:
         if entry.lease is None:
@@ -52,10 +52,14 @@ def slow_add(
             start = 0
             for name in FUSED_PROJECTIONS[fused]:
                 num_out = config.projection_shape(name)[0]
-                pair = entry.lease.factors.pairs.get(ModuleKey(layer, name))
+                key, own = ModuleKey(layer, name), slice(start, start + num_out)
+                pair = entry.lease.factors.pairs.get(key)
+                gain_O = entry.lease.factors.gains.get(key)
+                if gain_O is not None:
+                    out[row, own] *= gain_O.double()
                 if pair is not None:
                     h_R = pair.a_RI.double() @ x_TI[row].double()
-                    out[row, start : start + num_out] += pair.scale * (pair.b_RO.double().T @ h_R)
+                    out[row, own] += pair.scale * (pair.b_RO.double().T @ h_R)
                 start += num_out
     return out
 
@@ -110,7 +114,10 @@ def make_adding(config: ModelConfig, dtype: torch.dtype, way: str) -> Adding:
 
 
 def random_adapters(config: ModelConfig, seed: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Eight adapters of ranks 1 to 16 and of different targets, one of them without pairs."""
+    """Eight adapters of ranks 1 to 16 and of different targets, one of them without pairs.
+
+    Of two some modules have gains, of one only some of those that share a product.
+    """
     targets = [
         FUSED_PROJECTIONS[0],
         ("v_proj",),
@@ -124,6 +131,7 @@ def random_adapters(config: ModelConfig, seed: int, dtype: torch.dtype) -> dict[
         name: random_factors(
             config, name, rank=rank, projections=targets[(n + seed) % len(targets)], seed=seed,
             scale=(1.0, 0.5, 2.0)[n % 3], layers=(None, (1,))[n == 3], dtype=dtype,
+            gained={"c": PROJECTIONS, "f": ("k_proj", "up_proj", "down_proj")}.get(name, ()),
         )
         for n, (name, rank) in enumerate(zip(NAMES, ranks, strict=False))
     }  # fmt: skip

@@ -259,7 +259,7 @@ def test_increments_of_all_rows(kind: str, num_rows: int, formed: ctypes.CDLL) -
         part += pair.scale * (x_TI.double() @ pair.a_RI.double().T) @ pair.b_RO.double()
     inner = torch.full((num_rows, sum(ranks) + 2), torch.nan)
     records = np.array(
-        [(p.a_RI.data_ptr(), p.b_RO.data_ptr(), len(p.a_RI), p.scale) for p in pairs], dtype=PAIR
+        [(p.a_RI.data_ptr(), p.b_RO.data_ptr(), len(p.a_RI), p.scale, 0) for p in pairs], dtype=PAIR
     )
     widths = np.array(outs)
     addresses = records.ctypes.data, widths.ctypes.data

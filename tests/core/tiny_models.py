@@ -111,10 +111,14 @@ def random_factors(
     std: float = 0.15,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    gained: Sequence[str] = (),
 ) -> AdapterFactors:
-    """Random factors; `rank` is one for all modules or one per projection."""
+    """Random factors; `rank` is one for all modules or one per projection.
+
+    Of the projections those in `gained` have gains, between -0.5 and 2.5.
+    """
     generator = torch.Generator().manual_seed(seed * 7919 + sum(digest.encode()))
-    pairs = {}
+    pairs, gains = {}, {}
     for layer in range(config.num_layers) if layers is None else layers:
         for name in projections:
             num_out, num_in = config.projection_shape(name)
@@ -122,8 +126,12 @@ def random_factors(
             a_RI = torch.randn(own_rank, num_in, generator=generator) * std
             b_RO = torch.randn(own_rank, num_out, generator=generator) * std
             pairs[ModuleKey(layer, name)] = LowRankPair(a_RI.to(dtype), b_RO.to(dtype), scale)
+            if name in gained:
+                gain_O = 3 * torch.rand(num_out, generator=generator) - 0.5
+                gains[ModuleKey(layer, name)] = gain_O.to(dtype)
     num_bytes = sum(pair.a_RI.nbytes + pair.b_RO.nbytes for pair in pairs.values())
-    return AdapterFactors(digest, pairs, num_bytes)
+    num_bytes += sum(gain_O.nbytes for gain_O in gains.values())
+    return AdapterFactors(digest, pairs, num_bytes, gains)
 
 
 @dataclass

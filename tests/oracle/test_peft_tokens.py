@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft_oracle import LlamaOnDisk, TinyLlama, save_lora, save_vblora
 from peft_tokens import peft_greedy
+from test_lora_variants import DORA_CASES
 from test_lowered import CASES as LOWERED_CASES
 from test_lowered import save_lowered
 from test_peft_parity import LORA_CASES, VBLORA_CASES
@@ -38,6 +39,7 @@ DEFAULT_BASE_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"dtype": torch.bfloat16, "save_only_topk_weights": False, "vector_length": 32},
     ),
     "rslora": (save_lora, {"r": 8, "lora_alpha": 4, "use_rslora": True}),
+    "dora": (save_lora, {"use_dora": True, "r": 8}),
     "lora_mlp": (
         save_lora,
         {"target_modules": ["gate_proj", "down_proj"], "rank_pattern": {"down_proj": 2}},
@@ -101,6 +103,8 @@ def tiny(
         save_vblora(llama, root / f"vblora-{name}", seed=number, **settings)
     for number, (name, settings) in enumerate(LORA_CASES.items()):
         save_lora(llama, root / f"lora-{name}", seed=number, **settings)
+    for number, (name, settings) in enumerate(DORA_CASES.items()):
+        save_lora(llama, root / f"lora-{name}", seed=number, use_dora=True, **settings)
     for name, (kind, settings) in LOWERED_CASES.items():
         save_lowered(llama, root / f"lora-{name}", kind, **settings)
     directories = {path.name: path for path in sorted(root.glob("*lora-*"))}

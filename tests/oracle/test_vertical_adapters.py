@@ -26,6 +26,7 @@ def vertical(
     for number, (name, settings) in enumerate(VBLORA_CASES.items()):
         save_vblora(plain, root / f"vblora-{name}", seed=number, bank_limit=0.5, **settings)
     save_lora(plain, root / "lora", r=8)
+    save_lora(plain, root / "lora-dora", r=3, use_dora=True)
     directories = {path.name: path for path in sorted(root.glob("*lora*"))}
     prompts = [random_prompt(1, 5), random_prompt(2, 37)]
     return base, directories, references(plain.path, directories, prompts)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from http_client import BASE, client_of
-from tiny_model import save_dora
+from tiny_model import save_unserved
 
 from adapters.errors import UnknownAdapterError
 from adapters.store import AdapterStore
@@ -156,12 +156,12 @@ async def test_a_malformed_adapter_says_what_and_where(client, store, peft_adapt
 
 
 async def test_what_is_not_served_is_refused_by_name(client, tiny_model, tmp_path):
-    save_dora(tiny_model, tmp_path / "dora")
-    response = await upload(client, tmp_path / "dora", "dora")
+    save_unserved(tiny_model, tmp_path / "biased")
+    response = await upload(client, tmp_path / "biased", "biased")
     assert response.status_code == 422
     error = error_of(response)
     assert error["code"] == "unsupported_adapter"
-    assert "dora" in error["message"].lower()
+    assert "lora_bias" in error["message"]
 
 
 @pytest.mark.parametrize("adapter_id", ["", "../up", "a//b", "x" * 200, BASE, "a b"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_model import _save, save_dora
+from tiny_model import _save, save_unserved
 
 from adapters.store import AdapterStore
 from core.factors import PROJECTIONS
@@ -184,11 +185,11 @@ def test_inspect_of_lora_has_no_bank(run: Run, tiny_model: Path, tmp_path: Path)
 def test_inspect_tells_why_an_adapter_is_refused(
     run: Run, tiny_model: Path, tmp_path: Path
 ) -> None:
-    save_dora(tiny_model, tmp_path / "dora")
-    result = run("inspect", tmp_path / "dora", "--model", tiny_model)
+    save_unserved(tiny_model, tmp_path / "biased")
+    result = run("inspect", tmp_path / "biased", "--model", tiny_model)
     assert result.exit_code == 1
     assert result.output.startswith("Error: ")
-    assert "dora" in result.output.lower()
+    assert "lora_bias" in result.output
 
 
 def test_adapters_offline(
@@ -310,3 +311,34 @@ def test_convert_lora_fits_and_reports(run: Run, tiny_model: Path, tmp_path: Pat
     assert refused.exit_code == 1 and "is a vblora adapter, not LoRA" in refused.output
     there = run("convert", "lora", tmp_path / "lora", tmp_path / "vb", *options)
     assert there.exit_code == 1 and "exists already" in there.output
+
+
+def test_convert_lora_distils(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    _save(tiny_model, tmp_path / "lora", config, 0)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    rng = torch.Generator().manual_seed(0)
+    save_file({n: torch.randn(t.shape, generator=rng) for n, t in load_file(file).items()}, file)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(f'{{"prompt": "fox {n}", "completion": " dog"}}' for n in range(12)))
+    options = ["--model", tiny_model, "--num-vectors", "16", "--vector-length", "16"]
+    options += ["--distil", data, "--distil-steps", "20"]
+    result = run("convert", "lora", tmp_path / "lora", tmp_path / "vb", *options)
+    assert result.exit_code == 0, result.output
+    told = re.search(r"divergence from 1 held-out .*: (\S+) -> (\S+) nats", result.output)
+    assert told is not None and 0 < float(told[2]) < float(told[1])
+    assert _rows(run("inspect", tmp_path / "vb", "--model", tiny_model).output)["rank"] == "2"
+
+
+def test_convert_pissa(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=2, target_modules=["v_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM"
+    )
+    _save(tiny_model, tmp_path / "pissa", config, 0)
+    refused = run("inspect", tmp_path / "pissa", "--model", tiny_model)
+    assert refused.exit_code == 1 and "vbserve convert pissa" in refused.output
+    made = ["convert", "pissa", tmp_path / "pissa", tmp_path / "made", "--model", tiny_model]
+    result = run(*made)
+    assert result.exit_code == 0, result.output
+    assert _rows(run("inspect", tmp_path / "made", "--model", tiny_model).output)["rank"] == "4"
+    assert "exists already" in run(*made).output

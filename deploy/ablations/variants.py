@@ -1,0 +1,99 @@
+"""What is varied, one thing at a time, and beside what it stands. Pure values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from adapters.training.recipe import Recipe
+
+USUAL = Recipe(num_steps=100, vector_length=96)
+"""VB-LoRA as the paper trains it, in a third of the demo adapters' steps."""
+
+NOISE = 0.1
+"""Standard deviation of noisy logits: as wide as PEFT first draws them."""
+
+
+@dataclass(frozen=True)
+class VBLoRA:
+    """`noise` is added to the logits before the top k are chosen, while it trains. Where another
+    task `lends` its bank, that of its demo adapter, the bank stays as it is."""
+
+    recipe: Recipe = USUAL
+    noise: float = 0.0
+    lends: bool = False
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """alpha is twice the rank; trained as long as VB-LoRA."""
+
+    rank: int
+    learning_rate: float
+    target_modules: tuple[str, ...] = USUAL.target_modules
+
+
+Variant = VBLoRA | LoRA
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table and a plot: variants by the label of their row; `axis` names numbers on a scale."""
+
+    title: str
+    variants: dict[str, Variant]
+    axis: str | None = None
+
+
+def _varied(field: str, values: tuple[int, ...]) -> dict[str, Variant]:
+    return {str(value): VBLoRA(replace(USUAL, **{field: value})) for value in values}
+
+
+_QV = ("q_proj", "v_proj")
+
+ABLATIONS = {
+    "topk": Ablation("vectors of a sub-vector, k", _varied("topk", (1, 2, 3, 4)), "k"),
+    "bank": Ablation("vectors of the bank, h", _varied("num_vectors", (64, 128, 256, 512)), "h"),
+    "length": Ablation("length of a vector, b", _varied("vector_length", (32, 64, 96, 192)), "b"),
+    "noise": Ablation("choice of the top k", {"noiseless": VBLoRA(), "noisy": VBLoRA(noise=NOISE)}),
+    "lora": Ablation(
+        "beside LoRA",
+        {
+            "VB-LoRA, rank 4": VBLoRA(),
+            "LoRA, rank 4, rate 5e-4": LoRA(4, 5e-4),
+            "LoRA, rank 4, rate 2e-3": LoRA(4, 2e-3),
+            "LoRA, rank 1 of q and v, rate 5e-4": LoRA(1, 5e-4, _QV),
+            "LoRA, rank 1 of q and v, rate 2e-3": LoRA(1, 2e-3, _QV),
+        },
+    ),
+    "shared": Ablation(
+        "whose bank", {"its own": VBLoRA(), "another task's, frozen": VBLoRA(lends=True)}
+    ),
+}
+
+LENDER = {
+    "classify": "json-extract",
+    "formal": "json-extract",
+    "json-extract": "text-to-sql",
+    "text-to-sql": "json-extract",
+}
+"""Whose demo adapter's bank a task is trained over where it has none of its own."""
+
+
+def name_of(variant: Variant) -> str:
+    """What a run is filed under; equal variants have one name, whichever ablations they are in."""
+    if isinstance(variant, LoRA):
+        modules = "all" if variant.target_modules == USUAL.target_modules else "qv"
+        return f"lora-r{variant.rank}-{modules}-{variant.learning_rate:g}"
+    recipe = variant.recipe
+    name = f"vblora-k{recipe.topk}-h{recipe.num_vectors}-b{recipe.vector_length}"
+    return name + ("-noisy" if variant.noise else "") + ("-shared" if variant.lends else "")
+
+
+def all_variants() -> Iterator[tuple[str, Variant]]:
+    """Each variant once, by name; the usual one first."""
+    found: dict[str, Variant] = {name_of(VBLoRA()): VBLoRA()}
+    for ablation in ABLATIONS.values():
+        for variant in ablation.variants.values():
+            found.setdefault(name_of(variant), variant)
+    yield from found.items()
