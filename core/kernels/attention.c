@@ -4,40 +4,40 @@
 #include "tiles.h"
 
 #ifdef __AVX512F__
-#define VECS 4 /* vectors of a value row that are summed in one pass */
+#define VECS 4 /* registers of a value row that are summed in one pass */
 #else
-#define VECS 1
+#define VECS 2
 #endif
 #define GROUP 4 /* query heads of one key head that share a pass over the values */
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #ifdef __clang__
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (ivec_t){__VA_ARGS__})
-typedef int32_t ivec_t __attribute__((vector_size(64)));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (ints_t){__VA_ARGS__})
+typedef int32_t ints_t __attribute__((vector_size(4 * WIDE)));
 #endif
 
-static inline vec_t dot_lanes(const vec_t *q, const float *key, const int vecs) {
-    vec_t sum = q[0] * *(const vec_t *)key;
-#pragma GCC unroll 8
-    for (int v = 1; v < vecs; v++) sum += q[v] * *(const vec_t *)(key + v * VEC);
+INLINE wide_t dot_lanes(const wide_t *q, const float *key, const int registers) {
+    wide_t sum = q[0] * *(const wide_t *)key;
+#pragma GCC unroll 16
+    for (int v = 1; v < registers; v++) sum += q[v] * *(const wide_t *)(key + v * WIDE);
     return sum;
 }
 
-/* The dot products of one query with 16 keys: their lanes are summed in a tree, all 16 at once. */
-INLINE vec_t
-dot_16_keys(const vec_t *q, const float *key, int64_t stride, const int vecs) {
-    vec_t halves[2];
+/* The dot products of one query with WIDE keys: their lanes are summed in a tree, all at once. */
+#ifdef __AVX512F__
+INLINE wide_t dot_keys(const wide_t *q, const float *key, int64_t stride, const int registers) {
+    wide_t halves[2];
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
-        vec_t quarters[2];
+        wide_t quarters[2];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-            vec_t pairs[2];
+            wide_t pairs[2];
 #pragma GCC unroll 2
             for (int j = 0; j < 2; j++, key += 2 * stride) {
-                vec_t a = dot_lanes(q, key, vecs), b = dot_lanes(q, key + stride, vecs);
+                wide_t a = dot_lanes(q, key, registers), b = dot_lanes(q, key + stride, registers);
                 pairs[j] =
                     PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                     PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -53,6 +53,25 @@ dot_16_keys(const vec_t *q, const float *key, int64_t stride, const int vecs) {
     return PICK(halves[0], halves[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            PICK(halves[0], halves[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
+#else
+/* Within the 128 bits that AVX2's shuffles stay in, but for the last step. */
+INLINE wide_t dot_keys(const wide_t *q, const float *key, int64_t stride, const int registers) {
+    wide_t halves[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+        wide_t pairs[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++, key += 2 * stride) {
+            wide_t a = dot_lanes(q, key, registers), b = dot_lanes(q, key + stride, registers);
+            pairs[i] = PICK(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + PICK(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+        }
+        halves[h] = PICK(pairs[0], pairs[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+                    PICK(pairs[0], pairs[1], 1, 3, 9, 11, 5, 7, 13, 15);
+    }
+    return PICK(halves[0], halves[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           PICK(halves[0], halves[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#endif
 #endif
 
 /* Where the page lies that is used next, and the floats from one piece of it, `dim` long, to the
@@ -69,6 +88,8 @@ INLINE void fetch(next_t next, int64_t first, int64_t last, int64_t dim) {
         for (int64_t d = 0; d < dim; d += LINE) __builtin_prefetch(piece + d, 0, 2);
 }
 
+#define LONGEST 128 /* of the dimensions that are constants */
+
 /* scores[g, l] = scale * (query[g] . key[l]) for the keys of one page; fastest where `dim` is a
  * constant. */
 INLINE void
@@ -76,17 +97,17 @@ score_keys(const float *restrict query, const float *restrict key, int64_t lengt
            const int64_t dim, int64_t kv_width, float scale, float *restrict scores,
            int64_t score_stride, next_t next) {
     int64_t l = 0;
-#ifdef __AVX512F__
+#ifdef __AVX2__
     if (__builtin_constant_p(dim))
-        for (; l + 16 <= length; l += 16, key += 16 * kv_width)
+        for (; l + WIDE <= length; l += WIDE, key += WIDE * kv_width)
             for (int64_t g = 0; g < group; g++) {
-                fetch(next, l + 16 * g / group, l + 16 * (g + 1) / group, dim);
-                vec_t q[8];
-#pragma GCC unroll 8
-                for (int v = 0; v < dim / VEC; v++)
-                    q[v] = *(const vec_t *)(query + g * dim + v * VEC) * scale;
-                *(vec_t *)(scores + g * score_stride + l) =
-                    dot_16_keys(q, key, kv_width, dim / VEC);
+                fetch(next, l + WIDE * g / group, l + WIDE * (g + 1) / group, dim);
+                wide_t q[LONGEST / WIDE];
+#pragma GCC unroll 16
+                for (int v = 0; v < dim / WIDE; v++)
+                    q[v] = *(const wide_t *)(query + g * dim + v * WIDE) * scale;
+                *(wide_t *)(scores + g * score_stride + l) =
+                    dot_keys(q, key, kv_width, dim / WIDE);
             }
 #endif
     for (; l < length; l++, key += kv_width) {
@@ -117,23 +138,23 @@ INLINE void
 mix_tile(const float *restrict value, int64_t length, const int group, const int vecs,
          int64_t kv_width, const float *restrict scores, int64_t score_stride,
          float *restrict out, int64_t out_stride, next_t next) {
-    vec_t sums[GROUP][VECS];
+    wide_t sums[GROUP][VECS];
 #pragma GCC unroll 4
     for (int g = 0; g < group; g++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) sums[g][v] = *(vec_t *)(out + g * out_stride + v * VEC);
+        for (int v = 0; v < vecs; v++) sums[g][v] = *(wide_t *)(out + g * out_stride + v * WIDE);
     for (int64_t l = 0; l < length; l++, value += kv_width) {
-        fetch(next, l, l + 1, vecs * VEC);
+        fetch(next, l, l + 1, vecs * WIDE);
 #pragma GCC unroll 4
         for (int g = 0; g < group; g++)
 #pragma GCC unroll 4
             for (int v = 0; v < vecs; v++)
-                sums[g][v] += scores[g * score_stride + l] * *(const vec_t *)(value + v * VEC);
+                sums[g][v] += scores[g * score_stride + l] * *(const wide_t *)(value + v * WIDE);
     }
 #pragma GCC unroll 4
     for (int g = 0; g < group; g++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vecs; v++) *(vec_t *)(out + g * out_stride + v * VEC) = sums[g][v];
+        for (int v = 0; v < vecs; v++) *(wide_t *)(out + g * out_stride + v * WIDE) = sums[g][v];
 }
 
 INLINE void
@@ -141,10 +162,10 @@ mix_group(const float *value, int64_t length, const int group, int64_t dim, int6
           const float *scores, int64_t score_stride, float *out, int64_t out_stride,
           next_t next) {
     int64_t d = 0;
-    for (; d + VECS * VEC <= dim; d += VECS * VEC)
+    for (; d + VECS * WIDE <= dim; d += VECS * WIDE)
         mix_tile(value + d, length, group, VECS, kv_width, scores, score_stride, out + d,
                  out_stride, (next_t){next.at + d, next.step});
-    for (; d + VEC <= dim; d += VEC)
+    for (; d + WIDE <= dim; d += WIDE)
         mix_tile(value + d, length, group, 1, kv_width, scores, score_stride, out + d, out_stride,
                  (next_t){next.at + d, next.step});
     for (; d < dim; d++)
@@ -167,8 +188,10 @@ static void mix(const float *value, int64_t length, int64_t group, int64_t dim, 
     for (; g + GROUP <= group; g += GROUP) MIX(GROUP);
     if (group - g == 3)
         MIX(3);
-    else
-        for (; g < group; g++) MIX(1);
+    else if (group - g == 2)
+        MIX(2);
+    else if (group - g == 1)
+        MIX(1);
 #undef MIX
 }
 

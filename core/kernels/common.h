@@ -15,9 +15,6 @@
 #define INLINE static inline __attribute__((always_inline))
 #define LINE 16 /* floats of a cache line */
 
-typedef float vec_t __attribute__((vector_size(64), aligned(4), may_alias));
-
-#define VEC 16 /* floats of a vec_t; compilers split it where registers are narrower */
 #define MIN_PARALLEL_FLOATS 65536
 
 /* Shared by all: does `floats` of work pay for waking the other threads? */

@@ -17,6 +17,9 @@
 #define BLOCK 32       /* features with one step and base */
 #define WORDS_AHEAD 24 /* rows of words that a panel is fetched before its use */
 
+/* 16 registers have no room for widening beside the sums of many rows: panels are widened first. */
+#define WIDENS_APART (TILE_ROWS <= 6)
+
 typedef uint32_t words_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t ints_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef uint16_t halves_t __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
@@ -30,6 +33,11 @@ INLINE int64_t words_of_block(int64_t form) { return bits_of(form) + (bits_of(fo
 /* Words of a panel; in fp32 `in` may be any number. */
 INLINE int64_t words_of_panel(int64_t in, int64_t form) {
     return form == FP32 ? in * TILE_WIDTH : in / BLOCK * words_of_block(form) * TILE_WIDTH;
+}
+
+/* Whether so many rows are multiplied with a panel that was widened. */
+INLINE int widens(int64_t form, int64_t rows) {
+    return form != FP32 && rows > (!WIDENS_APART ? TILE_ROWS : bits_of(form) < 16 ? 4 : 5);
 }
 
 /* fp16 -> fp32 */
@@ -110,6 +118,57 @@ INLINE void multiply_packed_tile(const float *restrict x, int64_t x_stride,
         }
     }
     finish_tile(sums, to, rows);
+}
+
+/* `widened` = a panel in fp32, [in, TILE_WIDTH]; `form` is a constant where this is inlined. Meanwhile
+ * the panel is fetched ahead. */
+INLINE void widen_form(const uint32_t *restrict panel, int64_t in, const int form,
+                       float *restrict widened) {
+    wide_t step[COLS], base[COLS];
+    const int bits = bits_of(form);
+    for (const float *end = widened + in * TILE_WIDTH; widened < end;) {
+        if (bits < 16) {
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++) {
+                step[c] = wide_of_halves((const uint16_t *)panel + c * WIDE);
+                base[c] = wide_of_halves((const uint16_t *)panel + TILE_WIDTH + c * WIDE);
+            }
+            panel += TILE_WIDTH;
+        }
+#pragma GCC unroll 1
+        for (int word = 0; word < bits; word++, panel += TILE_WIDTH) {
+#pragma GCC unroll 3
+            for (int line = 0; line < TILE_WIDTH; line += LINE)
+                __builtin_prefetch(panel + WORDS_AHEAD * TILE_WIDTH + line, 0, 3);
+            words_t words[COLS];
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++) words[c] = *(const words_t *)(panel + c * WIDE);
+#pragma GCC unroll 8
+            for (int i = 0; i < 32 / bits; i++, widened += TILE_WIDTH)
+#pragma GCC unroll 3
+                for (int c = 0; c < COLS; c++) {
+                    *(wide_t *)(widened + c * WIDE) =
+                        form == FP16
+                            ? wide_of_halves((const uint16_t *)panel + i * TILE_WIDTH + c * WIDE)
+                            : widen(words[c], form, step[c], base[c]);
+                    words[c] >>= bits;
+                }
+        }
+    }
+}
+
+static void widen_panel(const uint32_t *panel, int64_t in, int64_t form, float *widened) {
+#define WIDEN_CASE(n)                        \
+    case n:                                  \
+        widen_form(panel, in, n, widened);   \
+        break;
+    switch (form) {
+        WIDEN_CASE(FP16)
+        WIDEN_CASE(BF16)
+        WIDEN_CASE(GRID_8)
+        WIDEN_CASE(GRID_4)
+    }
+#undef WIDEN_CASE
 }
 
 INLINE void multiply_packed_form(const float *x, int64_t x_stride, const uint32_t *panel, int64_t in,

@@ -99,7 +99,7 @@ static int has_lone_row(const low_rank_t *adds, int64_t row, int64_t rows) {
  * its own next features are fetched ahead; with several, each pass fetches its share of the next
  * panel, so that memory is read all the time and not only in first passes. What increments and
  * adapters add to a tile goes there while it is in the cache; the last passes fetch the factors of lone rows. Where
- * there are several, the first widens a packed panel into `widened` for the others. */
+ * there are several, a packed panel is widened into `widened` before them, or by the first. */
 typedef struct {
     const matrix_t *w;
     const float *x;
@@ -130,9 +130,9 @@ static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
     sweep_t s = {w, x, incs, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
     s.halves = w->half < w->out ? 2 : 1;
     s.panel_words = words_of_panel(w->in, w->form);
-    s.distance = passes > 1 ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
+    s.distance = passes > 1 || widens(w->form, rows) ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
     s.lines = passes ? (s.panel_words / LINE + s.lots * passes - 1) / (s.lots * passes) : 0;
-    if (w->form && passes > 1) s.widened = room_of_thread(s.halves * TILE_WIDTH * w->in);
+    if (widens(w->form, rows)) s.widened = room_of_thread(s.halves * TILE_WIDTH * w->in);
     s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
     s.passes_left = (num_panels(w->half, w->out) + threads - 1) / threads * passes;
     if (incs) shrink_all(incs, x, rows, w->in);
@@ -161,7 +161,9 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
     int late_incs = s->incs && add_all_rows(s->incs, r, columns.start, &to);
     int late_adds = s->adds && fills_tile(s->adds, r, rows) &&
                     add_segment(s->adds, r, columns.start, &to);
-    if (widened && pass > 0)
+    if (widened && pass == 0 && WIDENS_APART)
+        widen_panel((const uint32_t *)at, in, s->w->form, widened);
+    if (widened && (pass > 0 || WIDENS_APART))
         multiply_rows(x, in, widened, in, rows, &to, panels, factors);
     else if (s->w->form) {
         /* One pass alone fetches what comes next of the panel itself. */

@@ -31,8 +31,9 @@ def _conditions(results: _Results) -> str:
     runs = [run for by_name in results.values() for run in by_name.values()]
     steps = sorted({run["num_steps"] for run in runs})
     seeds = sorted({run["seed"] for run in runs})
+    made = f"{len(runs)} runs of {', '.join(map(str, steps))} steps"
     return (
-        f"{len(runs)} runs of {', '.join(map(str, steps))} steps, seeds {', '.join(map(str, seeds))}. "
+        f"{made}, seeds {', '.join(map(str, seeds))}. "
         "Right answers of 64 held-out messages by task, their mean, the mean held-out loss in nats "
         "a token, and what an adapter takes in fp32 (in brackets what it adds to a shared bank)."
     )
