@@ -1,7 +1,8 @@
 """Compiles the C files of this folder once per machine and loads them; no compiler, no kernels.
 
 The library is linked without an OpenMP runtime of its own: its symbols resolve to the one that
-torch has loaded, so that both share one pool of threads. Knows nothing of what the kernels do.
+torch has loaded, so that both share one pool of threads. That runtime is GNU's, so the compiler is
+GCC: what clang compiles asks for one of its own. Knows nothing of what the kernels do.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def load_library(cache_dir: Path | None = None) -> ctypes.CDLL | None:
     `cache_dir` defaults to VBSERVE_CACHE_DIR or the user's cache. The reason for None is logged.
     """
     root = cache_dir or Path(os.environ.get("VBSERVE_CACHE_DIR") or user_cache_dir("vbserve"))
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         logger.info("no C compiler is installed: the CPU kernels are torch's own")
         return None

@@ -322,7 +322,6 @@ def test_a_sum_of_weights_just_over_1_is_rounding(vblora: Path, base: BaseInfo) 
 
 
 REAL_UNSUPPORTED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dora_bias": (save_lora, {"use_dora": True, "lora_bias": True}),
     "lora_bias": (save_lora, {"lora_bias": True}),
     "pissa": (save_lora, {"init_lora_weights": "pissa"}),
     "tokens": (save_lora, {"trainable_token_indices": [1, 2]}),
