@@ -18,7 +18,7 @@
 typedef int32_t ints_t __attribute__((vector_size(4 * WIDE)));
 #endif
 
-INLINE wide_t dot_lanes(const wide_t *q, const float *key, const int registers) {
+static inline wide_t dot_lanes(const wide_t *q, const float *key, const int registers) {
     wide_t sum = q[0] * *(const wide_t *)key;
 #pragma GCC unroll 16
     for (int v = 1; v < registers; v++) sum += q[v] * *(const wide_t *)(key + v * WIDE);
