@@ -33,7 +33,10 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the model and of its training; the same for all ranks."""
+    """Sizes of the model and of its training; the same for all ranks.
+
+    alpha   increments count alpha / rank times; None: once, as in the paper
+    """
 
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -47,6 +50,7 @@ class Recipe:
     weight_decay: float = 0.01
     eval_every: int = 50
     seed: int = 0
+    alpha: float | None = None
 
     @property
     def num_layers(self) -> int:
@@ -55,8 +59,9 @@ class Recipe:
 
 
 def vertical_config(recipe: Recipe, rank: int) -> VerticalConfig:
-    """The paper's: recursive increments of all projections, unscaled."""
-    return VerticalConfig(recipe.chunk_sizes, rank, float(rank), "recursive")
+    """The paper's: recursive increments of all projections."""
+    alpha = float(rank) if recipe.alpha is None else recipe.alpha
+    return VerticalConfig(recipe.chunk_sizes, rank, alpha, "recursive")
 
 
 def new_model(recipe: Recipe, rank: int | None) -> LlamaForCausalLM:
@@ -159,11 +164,12 @@ def main(arguments: Sequence[str] | None = None, recipe: Recipe = Recipe()) -> N
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8])
     parser.add_argument("--no-full", action="store_true", help="leave the full model out")
     parser.add_argument("--steps", type=int, default=recipe.num_steps)
+    parser.add_argument("--alpha", type=float, help="increments count alpha / rank times")
     parser.add_argument("--out", type=Path, default=HERE, help="for results.json and curves.png")
     parser.add_argument("--save", type=int, metavar="RANK", help="write this rank's checkpoint too")
     options = parser.parse_args(arguments)
     eval_every = min(recipe.eval_every, options.steps)
-    recipe = replace(recipe, num_steps=options.steps, eval_every=eval_every)
+    recipe = replace(recipe, num_steps=options.steps, eval_every=eval_every, alpha=options.alpha)
     results: dict[str, Any] = {
         "recipe": asdict(recipe),
         "python": platform.python_version(),

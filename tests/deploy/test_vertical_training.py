@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from core import LLM, EngineConfig, SamplingParams
+from core.model_config import read_model_config
 from core.vertical import VerticalConfig
 from deploy.vertical import train as training
 from deploy.vertical.corpus import all_windows, batches, byte_tokenizer, save_tokenizer, token_ids
@@ -103,6 +105,15 @@ def test_layers_of_a_chunk_share_their_matrices_and_increments() -> None:
     assert attention[2].increments[0] is attention[1].increments[0]
     full = num_parameters(training.new_model(SMALL, None))
     assert num_parameters(model) < 0.6 * full
+
+
+def test_alpha_scales_the_increments_and_is_what_is_stored(tmp_path: Path) -> None:
+    recipe = replace(SMALL, alpha=1.0)
+    model = training.new_model(recipe, 4)
+    assert model.model.layers[1].mlp.up_proj.scale == 0.25
+    save_vertical(model, training.vertical_config(recipe, 4), tmp_path, torch.float32)
+    assert read_model_config(tmp_path).vertical.scale == 0.25
+    assert training.new_model(SMALL, 4).model.layers[1].mlp.up_proj.scale == 1.0
 
 
 def test_all_increments_and_bases_learn() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from http_client import BASE, client_of
-from tiny_model import save_unserved
+from tiny_model import save_dora, save_unserved
 
 from adapters.errors import UnknownAdapterError
 from adapters.store import AdapterStore
@@ -153,6 +153,17 @@ async def test_a_malformed_adapter_says_what_and_where(client, store, peft_adapt
     assert error["code"] == "malformed_adapter"
     assert error["message"]
     assert [record.id for record in store.records()] == ["team/one"]
+
+
+async def test_dora_registers(client, store, tiny_model, tmp_path):
+    save_dora(tiny_model, tmp_path / "dora")
+    response = await upload(client, tmp_path / "dora", "dora")
+    assert response.status_code == 201
+    assert response.json()["kind"] == "lora" and response.json()["targets"] == ["q_proj"]
+    compact = store.load(store.resolve("dora").digest)
+    assert compact.gains is not None and len(compact.gains) == sum(
+        spec.out_features for spec in compact.modules
+    )
 
 
 async def test_what_is_not_served_is_refused_by_name(client, tiny_model, tmp_path):

@@ -78,6 +78,12 @@ def save_vblora(model: Path, path: Path, *, seed: int = 0) -> None:
     _save(model, path, config, seed)
 
 
+def save_dora(model: Path, path: Path) -> None:
+    """A DoRA adapter, whose registration reads the base's weights."""
+    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    _save(model, path, config, 0)
+
+
 def save_unserved(model: Path, path: Path) -> None:
     """An adapter that is not served: with biases."""
     config = LoraConfig(r=4, lora_bias=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
