@@ -10,8 +10,8 @@ from adapters.training.recipe import Recipe
 USUAL = Recipe(num_steps=100, vector_length=96)
 """VB-LoRA as the paper trains it, in a third of the demo adapters' steps."""
 
-NOISE = 0.1
-"""Standard deviation of noisy logits: as wide as PEFT first draws them."""
+NOISES = (0.01, 0.1)
+"""Standard deviations of noisy logits; the second is that of PEFT's first logits."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ ABLATIONS = {
     "topk": Ablation("vectors of a sub-vector, k", _varied("topk", (1, 2, 3, 4)), "k"),
     "bank": Ablation("vectors of the bank, h", _varied("num_vectors", (64, 128, 256, 512)), "h"),
     "length": Ablation("length of a vector, b", _varied("vector_length", (32, 64, 96, 192)), "b"),
-    "noise": Ablation("choice of the top k", {"noiseless": VBLoRA(), "noisy": VBLoRA(noise=NOISE)}),
+    "noise": Ablation(
+        "choice of the top k",
+        {"noiseless": VBLoRA(), **{f"noise of {std}": VBLoRA(noise=std) for std in NOISES}},
+    ),
     "lora": Ablation(
         "beside LoRA",
         {
@@ -87,7 +90,8 @@ def name_of(variant: Variant) -> str:
         return f"lora-r{variant.rank}-{modules}-{variant.learning_rate:g}"
     recipe = variant.recipe
     name = f"vblora-k{recipe.topk}-h{recipe.num_vectors}-b{recipe.vector_length}"
-    return name + ("-noisy" if variant.noise else "") + ("-shared" if variant.lends else "")
+    noise = f"-noise{variant.noise:g}" if variant.noise else ""
+    return name + noise + ("-shared" if variant.lends else "")
 
 
 def all_variants() -> Iterator[tuple[str, Variant]]:
