@@ -2,8 +2,8 @@
 
 PiSSA trains B A from the base's first singular vectors and takes these out of the base meanwhile,
 so its file is an increment of W - U S V. Over W itself that is s B A - U S V, a pair of rank 2 R.
-The decomposition is PEFT's own, of the whole matrix: seconds for a small base, hours for a large
-one, so it is a command's work and not a registration's. `pissa_niter_N` begins with random vectors,
+The decomposition is PEFT's own, of the whole matrix, and its time grows with the cube of the size,
+so it is a command's work and not a registration's. `pissa_niter_N` begins with random vectors,
 which cannot be found again.
 
 Shape legend: R rank, I input features, O output features.
