@@ -28,6 +28,14 @@ typedef struct {
     int64_t lines;
 } ahead_t;
 
+/* GCC loads weights again for each row of a tile of 3 or 4 rows by 2 registers, which then waits for
+ * loads: 5.8 cycles a feature instead of 3.9 (Zen 4). */
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define LOADED_ONCE(weights) __asm__("" : "+x"(weights))
+#else
+#define LOADED_ONCE(weights)
+#endif
+
 #define NOTHING ((ahead_t){NULL, 0})
 
 enum { NOT, ONCE, AGAIN }; /* whether a panel streams, and is then used by the next layer too */
@@ -108,12 +116,16 @@ INLINE void multiply_tile(const float *restrict x, int64_t x_stride, const float
                     if (streams == ONCE) __builtin_prefetch(ahead, 0, 0);
                     else __builtin_prefetch(ahead, 0, 3);
                 }
+            wide_t w[COLS];
+#pragma GCC unroll 3
+            for (int c = 0; c < COLS; c++) {
+                w[c] = *(const wide_t *)(panel + c * WIDE);
+                LOADED_ONCE(w[c]);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
-                for (int c = 0; c < COLS; c++)
-                    sums[r][c] +=
-                        x_of[r / 3][r % 3 * x_stride] * *(const wide_t *)(panel + c * WIDE);
+                for (int c = 0; c < COLS; c++) sums[r][c] += x_of[r / 3][r % 3 * x_stride] * w[c];
         }
     }
     finish_tile(sums, to, rows);
