@@ -17,8 +17,10 @@
 #define BLOCK 32       /* features with one step and base */
 #define WORDS_AHEAD 24 /* rows of words that a panel is fetched before its use */
 
-/* 16 registers have no room for widening beside the sums of many rows: panels are widened first. */
+/* 16 registers have no room for widening beside the sums of a whole tile: a panel is widened with what
+ * is left over from tiles, FUSED_ROWS at most, or before them. 32 have it. */
 #define WIDENS_APART (TILE_ROWS <= 6)
+#define FUSED_ROWS (WIDENS_APART ? 4 : TILE_ROWS)
 
 typedef uint32_t words_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t ints_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
@@ -174,30 +176,37 @@ static void widen_panel(const uint32_t *panel, int64_t in, int64_t form, float *
 INLINE void multiply_packed_form(const float *x, int64_t x_stride, const uint32_t *panel, int64_t in,
                                  int64_t rows, const target_t *to, const int form, float *widened,
                                  ahead_t panels, ahead_t others) {
-#define PACKED_CASE(n)                                                                             \
+#define PACKED_CASE(n, to_keep)                                                                    \
     case n:                                                                                        \
-        multiply_packed_tile(x, x_stride, panel, in, n, to, form, NULL, panels, others);           \
+        multiply_packed_tile(x, x_stride, panel, in, n, to, form, to_keep, panels, others);        \
         break;
-    if (widened) {
-        multiply_packed_tile(x, x_stride, panel, in, TILE_ROWS, to, form, widened, panels, others);
-        return;
-    }
-    switch (rows) {
-        PACKED_CASE(1)
-        PACKED_CASE(2)
-        PACKED_CASE(3)
-        PACKED_CASE(4)
-        PACKED_CASE(5)
-        PACKED_CASE(6)
+    if (widened) switch (rows) {
 #if TILE_ROWS > 6
-        PACKED_CASE(7)
-        PACKED_CASE(8)
+        PACKED_CASE(TILE_ROWS, widened)
+#else
+        PACKED_CASE(1, widened)
+        PACKED_CASE(2, widened)
+        PACKED_CASE(3, widened)
+        PACKED_CASE(4, widened)
+#endif
+    }
+    else switch (rows) {
+        PACKED_CASE(1, NULL)
+        PACKED_CASE(2, NULL)
+        PACKED_CASE(3, NULL)
+        PACKED_CASE(4, NULL)
+        PACKED_CASE(5, NULL)
+        PACKED_CASE(6, NULL)
+#if TILE_ROWS > 6
+        PACKED_CASE(7, NULL)
+        PACKED_CASE(8, NULL)
 #endif
     }
 #undef PACKED_CASE
 }
 
-/* `multiply_packed_tile` for 1 to TILE_ROWS rows; for TILE_ROWS where `widened` is given. */
+/* `multiply_packed_tile` for 1 to TILE_ROWS rows; where `widened` is given, for 1 to FUSED_ROWS, or, with
+ * 32 registers, for TILE_ROWS alone. */
 static void multiply_packed(const float *x, int64_t x_stride, const uint32_t *panel, int64_t in,
                             int64_t rows, const target_t *to, int64_t form, float *widened,
                             ahead_t panels, ahead_t others) {

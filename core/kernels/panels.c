@@ -99,7 +99,7 @@ static int has_lone_row(const low_rank_t *adds, int64_t row, int64_t rows) {
  * its own next features are fetched ahead; with several, each pass fetches its share of the next
  * panel, so that memory is read all the time and not only in first passes. What increments and
  * adapters add to a tile goes there while it is in the cache; the last passes fetch the factors of lone rows. Where
- * there are several, a packed panel is widened into `widened` before them, or by the first. */
+ * there are several, a packed panel is widened into `widened` by the first, or before it. */
 typedef struct {
     const matrix_t *w;
     const float *x;
@@ -140,10 +140,20 @@ static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
     return s;
 }
 
-/* Pass number `pass` over a panel, TILE_ROWS rows; `y` is where its columns of the first begin. */
+/* Where the tile of a pass begins. What is left over from whole tiles comes first where it is to widen
+ * the panel. */
+static int64_t row_of_pass(const sweep_t *s, int64_t pass) {
+    if (!WIDENS_APART || !s->widened) return pass * TILE_ROWS;
+    return (pass ? pass - 1 : s->passes - 1) * TILE_ROWS;
+}
+
+static int64_t rows_of_tile(const sweep_t *s, int64_t row) {
+    return s->rows - row < TILE_ROWS ? s->rows - row : TILE_ROWS;
+}
+
+/* Pass number `pass` over a panel; `y` is where its columns of the tile's first row begin. */
 static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t y_stride) {
-    int64_t in = s->w->in, r = pass * TILE_ROWS, lots = s->lots;
-    int64_t rows = s->rows - r < TILE_ROWS ? s->rows - r : TILE_ROWS;
+    int64_t in = s->w->in, lots = s->lots, r = row_of_pass(s, pass), rows = rows_of_tile(s, r);
     int64_t room = lots * FACTOR_LINES * LINE; /* floats of factors that a pass can fetch */
     const float *at = (const float *)s->w->panels + panel * s->panel_words;
     const float *next = at + s->distance + pass * lots * s->lines * LINE;
@@ -161,9 +171,9 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
     int late_incs = s->incs && add_all_rows(s->incs, r, columns.start, &to);
     int late_adds = s->adds && fills_tile(s->adds, r, rows) &&
                     add_segment(s->adds, r, columns.start, &to);
-    if (widened && pass == 0 && WIDENS_APART)
-        widen_panel((const uint32_t *)at, in, s->w->form, widened);
-    if (widened && (pass > 0 || WIDENS_APART))
+    int widens_apart = widened && pass == 0 && rows > FUSED_ROWS;
+    if (widens_apart) widen_panel((const uint32_t *)at, in, s->w->form, widened);
+    if (widened && (pass > 0 || widens_apart))
         multiply_rows(x, in, widened, in, rows, &to, panels, factors);
     else if (s->w->form) {
         /* One pass alone fetches what comes next of the panel itself. */
@@ -190,8 +200,8 @@ void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < num_panels(w->half, out); i++)
             for (int64_t p = 0; p < sweep.passes; p++)
-                pass_over(&sweep, i, p, y + p * TILE_ROWS * out + columns_of(i, w->half, out).start,
-                          out);
+                pass_over(&sweep, i, p,
+                          y + row_of_pass(&sweep, p) * out + columns_of(i, w->half, out).start, out);
         if (adds) {
 #pragma omp barrier
             int64_t number = 0, row = -1;
@@ -214,7 +224,7 @@ void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float
         for (int64_t i = 0; i < first; i++) {
             columns_t columns = columns_of(2 * i, half, out);
             for (int64_t p = 0; p < sweep.passes; p++) {
-                int64_t r = p * TILE_ROWS, tile = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
+                int64_t r = row_of_pass(&sweep, p), tile = rows_of_tile(&sweep, r);
                 float *to = both + r * out + columns.start;
                 if (has_lone_row(adds, r, tile)) {
                     pass_over(&sweep, 2 * i, p, to, out);
