@@ -64,5 +64,5 @@ def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> 
     if device.type != "cpu":
         return torch.zeros(shape, device=device, dtype=dtype)
     room = huge_pages.empty(prod(shape) * dtype.itemsize)
-    room.numpy().fill(0)  # torch would start a pool of threads here (`loading._load_weights`)
+    huge_pages.write_zeros(room, torch.get_num_threads())
     return room.view(dtype).view(shape)

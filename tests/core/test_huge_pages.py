@@ -84,3 +84,10 @@ def test_a_block_goes_with_its_last_piece(monkeypatch: pytest.MonkeyPatch) -> No
     del second
     gc.collect()
     assert rooms[0]() is None
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_zeros_are_written_to_the_last_byte(num_threads: int) -> None:
+    room = torch.full((HUGE_PAGE + 1,), 7, dtype=torch.uint8)
+    huge_pages.write_zeros(room, num_threads)
+    assert not room.any()
