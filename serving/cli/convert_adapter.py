@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +13,7 @@ from serving.cli.errors import offline_errors, told_plainly
 from serving.cli.train import need_peft, split_examples
 
 if TYPE_CHECKING:
-    from adapters.training.recipe import Recipe
-    from core.factors import LowRankPair, ModuleKey
+    from adapters.training.from_lora import FittedLoRA
     from core.model_config import BaseInfo
 
 _FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -57,16 +55,10 @@ def lora(
     Reports how far it is off. A bank says less than the factors did, so judge the result by its
     answers; --distil brings those nearer.
     """
-    from rich.console import Console
-    from rich.table import Table
-
-    from adapters.compact import CompactLoRA, compact_bytes
+    from adapters.compact import compact_bytes
     from adapters.peft_adapter import read_peft_adapter
-    from adapters.rebuild import rebuild_factors
-    from adapters.training.fitting import balanced, fit_bank, relative_errors, sub_vectors
+    from adapters.training.from_lora import fit_lora
     from adapters.training.recipe import Recipe
-    from adapters.training.vblora_files import write_vblora
-    from core.factors import PROJECTIONS
     from core.model_config import read_base_info
     from serving.default_base import ensure_default_base
 
@@ -76,61 +68,52 @@ def lora(
         need_peft()
     with told_plainly(*offline_errors(), OSError):
         base = read_base_info(model or ensure_default_base(progress=click.echo))
-        adapter = read_peft_adapter(source, base)
-        if not isinstance(adapter, CompactLoRA):
-            raise click.ClickException(f"{source} is a {adapter.kind} adapter, not LoRA")
-        if adapter.gains is not None:
-            raise click.ClickException(f"{source} is DoRA, whose gains VB-LoRA does not have")
-        wanted = rebuild_factors(adapter).pairs
-        names = tuple(n for n in PROJECTIONS if any(key.projection == n for key in wanted))
-        recipe = Recipe(
+        shape = Recipe(
             num_steps=distil_steps,
             topk=topk,
             num_vectors=num_vectors,
             vector_length=vector_length,
-            target_modules=names,
-            rank=rank or adapter.max_rank,
             seed=seed,
         )
-        pairs = {key: balanced(pair, recipe.rank) for key, pair in wanted.items()}
-        targets = sub_vectors(pairs, recipe.length_for(base.config))
         with click.progressbar(length=rounds, label="fitting") as bar:
-            fit = fit_bank(
-                targets,
-                num_vectors=num_vectors,
-                topk=topk,
+            result = fit_lora(
+                source,
+                target,
+                base,
+                shape,
+                rank=rank,
                 rounds=rounds,
-                seed=seed,
                 progress=lambda error: bar.update(1),
             )
-        write_vblora(target, fit, pairs, base.path.name)
-        errors = list(relative_errors(wanted, rebuild_factors(read_peft_adapter(target, base))))
-        table = Table("", "relative error of B A")
-        for name in names:
-            table.add_row(name, spread([error for key, error in errors if key.projection == name]))
-        Console().print(table)
+        _show_errors(result)
         if distil is not None:
-            _distil(base, target, wanted, distil, recipe)
+            _distil(base, target, result, distil)
         made = read_peft_adapter(target, base)
+    recipe = result.recipe
     click.echo(
-        f"{target}: rank {recipe.rank}, {num_vectors} vectors of {targets.shape[1]}, k {topk}; "
-        f"{compact_bytes(adapter):,} bytes -> {compact_bytes(made):,}"
+        f"{target}: rank {recipe.rank}, {num_vectors} vectors of {recipe.vector_length}, k {topk}; "
+        f"{compact_bytes(result.source):,} bytes -> {compact_bytes(made):,}"
     )
 
 
-def _distil(
-    base: BaseInfo,
-    target: Path,
-    teacher: Mapping[ModuleKey, LowRankPair],
-    data: Path,
-    recipe: Recipe,
-) -> None:
+def _show_errors(result: FittedLoRA) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "relative error of B A")
+    for name in result.recipe.target_modules:
+        own = [error for key, error in result.errors.items() if key.projection == name]
+        table.add_row(name, spread(own))
+    Console().print(table)
+
+
+def _distil(base: BaseInfo, target: Path, result: FittedLoRA, data: Path) -> None:
     from adapters.training.distillation import Distillation
     from adapters.training.trainer import shuffled
 
     seen, judged = split_examples(data, None, base.path, _MAX_TOKENS)
-    recipe = replace(recipe, batch_size=min(recipe.batch_size, len(seen)))
-    training = Distillation(base.path, target, teacher, recipe, shuffled(seen, recipe))
+    recipe = replace(result.recipe, batch_size=min(result.recipe.batch_size, len(seen)))
+    training = Distillation(base.path, target, result.pairs, recipe, shuffled(seen, recipe))
     before = training.loss_over(judged)
     with click.progressbar(length=recipe.num_steps, label="distilling") as bar:
         while not training.is_done:
