@@ -60,11 +60,18 @@ class TrainingLoop:
 
     def loss_over(self, examples: Sequence[Example]) -> float:
         """Mean loss a token over `examples`, in nats."""
-        size, total, tokens = self._batch_size, 0.0, 0
-        with torch.no_grad():
-            for start in range(0, len(examples), size):
-                batch = examples[start : start + size]
-                num_tokens = sum(len(example.answer) for example in batch)
-                total += self._loss(self.model, batch).item() * num_tokens
-                tokens += num_tokens
-        return total / tokens
+        return mean_loss(self.model, examples, self._batch_size, self._loss)
+
+
+def mean_loss(
+    model: Any, examples: Sequence[Example], batch_size: int, loss: Loss = answer_loss
+) -> float:
+    """Of an answer's token over `examples`, in nats."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            num_tokens = sum(len(example.answer) for example in batch)
+            total += loss(model, batch).item() * num_tokens
+            tokens += num_tokens
+    return total / tokens

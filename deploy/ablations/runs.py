@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters import AdapterStore, CompactVBLoRA, FactorCache, read_peft_adapter
 from adapters.compact import compact_bytes
-from adapters.training.loop import TrainingLoop
+from adapters.training.distillation import Distillation
+from adapters.training.from_lora import fit_lora
+from adapters.training.loop import TrainingLoop, mean_loss
 from adapters.training.trainer import AdapterTrainer, save_adapter
 from core import LLM, EngineConfig, SamplingParams, read_base_info
-from deploy.ablations.variants import LENDER, USUAL, LoRA, Variant, VBLoRA
+from deploy.ablations.variants import LENDER, USUAL, LoRA, MovedLoRA, Variant, VBLoRA
 from deploy.demo.evaluate import HELDOUT_COUNT, HELDOUT_SEED, MAX_TOKENS
 from deploy.demo.tasks import Example, Task, distinct_examples
 from deploy.demo.train import ADAPTERS, batches, chat_prompt, tokenised
@@ -39,17 +41,15 @@ def run(task: Task, variant: Variant, base: Path, num_steps: int, seed: int) -> 
     that it shares.
     """
     begun = time.monotonic()
-    loop = _loop(task, variant, base, num_steps, seed)
-    losses: list[float] = []
-    while not loop.is_done:
-        losses.append(loop.step())
+    model, losses = _trained(task, variant, base, num_steps, seed)
     trained = time.monotonic() - begun
     judged = distinct_examples(task, "heldout", HELDOUT_COUNT, HELDOUT_SEED)
-    held_out = loop.loss_over(tokenised(judged, AutoTokenizer.from_pretrained(base)))
+    in_tokens = tokenised(judged, AutoTokenizer.from_pretrained(base))
+    held_out = mean_loss(model, in_tokens, USUAL.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "adapter"
-        save_adapter(loop.model, directory, BASE_NAME)
-        del loop
+        save_adapter(model, directory, BASE_NAME)
+        del model
         compact = read_peft_adapter(directory, read_base_info(base))
         lent = isinstance(compact, CompactVBLoRA) and isinstance(variant, VBLoRA) and variant.lends
         return {
@@ -65,7 +65,34 @@ def run(task: Task, variant: Variant, base: Path, num_steps: int, seed: int) -> 
         }
 
 
-def _loop(task: Task, variant: Variant, base: Path, num_steps: int, seed: int) -> TrainingLoop:
+def _trained(
+    task: Task, variant: Variant, base: Path, num_steps: int, seed: int
+) -> tuple[Any, list[float]]:
+    """PEFT's model, and the losses of the steps, of a moved LoRA those after the fit."""
+    if isinstance(variant, MovedLoRA):
+        loop: TrainingLoop = _moved(task, variant, base, num_steps, seed)
+        num_steps = variant.num_steps
+    else:
+        loop = _loop(task, variant, base, num_steps, seed)
+    losses = [loop.step() for _ in range(num_steps)]
+    return loop.model, losses
+
+
+def _moved(task: Task, variant: MovedLoRA, base: Path, num_steps: int, seed: int) -> Distillation:
+    teacher, _ = _trained(task, variant.lora, base, num_steps, seed)
+    recipe = replace(variant.recipe, num_steps=max(1, variant.num_steps), seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        lora, fit = Path(folder) / "lora", Path(folder) / "fit"
+        save_adapter(teacher, lora, BASE_NAME)
+        del teacher
+        fitted = fit_lora(lora, fit, read_base_info(base), recipe)
+        batch_of = batches(task, recipe, base)
+        return Distillation(base, fit, fitted.pairs, fitted.recipe, batch_of)
+
+
+def _loop(
+    task: Task, variant: VBLoRA | LoRA, base: Path, num_steps: int, seed: int
+) -> TrainingLoop:
     usual = variant.recipe if isinstance(variant, VBLoRA) else USUAL
     recipe = replace(usual, num_steps=num_steps, seed=seed)
     batch_of = batches(task, recipe, base)

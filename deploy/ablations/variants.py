@@ -33,7 +33,17 @@ class LoRA:
     target_modules: tuple[str, ...] = USUAL.target_modules
 
 
-Variant = VBLoRA | LoRA
+@dataclass(frozen=True)
+class MovedLoRA:
+    """`lora`, trained, then a bank fitted to it (`vbserve convert lora`) and trained on for
+    `num_steps` to answer the task's messages as it does."""
+
+    lora: LoRA
+    num_steps: int
+    recipe: Recipe = USUAL
+
+
+Variant = VBLoRA | LoRA | MovedLoRA
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ def _varied(field: str, values: tuple[int, ...]) -> dict[str, Variant]:
 
 
 _QV = ("q_proj", "v_proj")
+_GOOD_LORA = LoRA(4, 2e-3)
 
 ABLATIONS = {
     "topk": Ablation("vectors of a sub-vector, k", _varied("topk", (1, 2, 3, 4)), "k"),
@@ -64,9 +75,18 @@ ABLATIONS = {
         {
             "VB-LoRA, rank 4": VBLoRA(),
             "LoRA, rank 4, rate 5e-4": LoRA(4, 5e-4),
-            "LoRA, rank 4, rate 2e-3": LoRA(4, 2e-3),
+            "LoRA, rank 4, rate 2e-3": _GOOD_LORA,
             "LoRA, rank 1 of q and v, rate 5e-4": LoRA(1, 5e-4, _QV),
             "LoRA, rank 1 of q and v, rate 2e-3": LoRA(1, 2e-3, _QV),
+        },
+    ),
+    "moved": Ablation(
+        "LoRA moved to VB-LoRA",
+        {
+            "VB-LoRA": VBLoRA(),
+            "LoRA": _GOOD_LORA,
+            "a bank fitted to it": MovedLoRA(_GOOD_LORA, 0),
+            "and 100 steps": MovedLoRA(_GOOD_LORA, 100),
         },
     ),
     "shared": Ablation(
@@ -85,6 +105,8 @@ LENDER = {
 
 def name_of(variant: Variant) -> str:
     """What a run is filed under; equal variants have one name, whichever ablations they are in."""
+    if isinstance(variant, MovedLoRA):
+        return f"{name_of(variant.lora)}-moved-{variant.num_steps}"
     if isinstance(variant, LoRA):
         modules = "all" if variant.target_modules == USUAL.target_modules else "qv"
         return f"lora-r{variant.rank}-{modules}-{variant.learning_rate:g}"

@@ -19,6 +19,7 @@ from deploy.ablations.variants import (
     LENDER,
     USUAL,
     LoRA,
+    MovedLoRA,
     VBLoRA,
     all_variants,
     name_of,
@@ -64,6 +65,8 @@ KINDS = {
     "noisy": VBLoRA(noise=0.1),
     "shared": VBLoRA(lends=True),
     "lora": LoRA(1, 2e-3, ("q_proj", "v_proj")),
+    "moved": MovedLoRA(LoRA(1, 2e-3, ("q_proj", "v_proj")), 3),
+    "merely fitted": MovedLoRA(LoRA(1, 2e-3, ("q_proj", "v_proj")), 0),
 }
 
 
@@ -71,7 +74,7 @@ KINDS = {
 def test_every_kind_trains_and_is_judged(kind: str, base: Path) -> None:
     result = runs.run(task_named("classify"), KINDS[kind], base, num_steps=3, seed=0)
     assert 0 <= result["accuracy"] <= 1 and 0 < result["held_out_loss"] < 20
-    assert [point[0] for point in result["curve"]] == [1, 2, 3]
+    assert [point[0] for point in result["curve"]] == ([] if kind == "merely fitted" else [1, 2, 3])
     shared = kind == "shared"
     assert (result["own_bytes"] < result["bytes"]) == shared
     assert result == runs.run(task_named("classify"), KINDS[kind], base, 3, 0) | {
