@@ -58,10 +58,10 @@ def fit_lora(
     wanted = rebuild_factors(adapter).pairs
     names = tuple(name for name in PROJECTIONS if any(key.projection == name for key in wanted))
     shape = replace(recipe, rank=rank or adapter.max_rank, target_modules=names)
-    shape = replace(shape, vector_length=shape.length_for(base.config))
+    length = shape.length_for(base.config)
     pairs = {key: balanced(pair, shape.rank) for key, pair in wanted.items()}
     fit = fit_bank(
-        sub_vectors(pairs, shape.length_for(base.config)),
+        sub_vectors(pairs, length),
         num_vectors=shape.num_vectors,
         topk=shape.topk,
         rounds=rounds,
@@ -71,4 +71,4 @@ def fit_lora(
     write_vblora(target, fit, pairs, base.path.name)
     fitted = read_peft_adapter(target, base)
     errors = dict(relative_errors(wanted, rebuild_factors(fitted)))
-    return FittedLoRA(adapter, fitted, shape, wanted, errors)
+    return FittedLoRA(adapter, fitted, replace(shape, vector_length=length), wanted, errors)
