@@ -109,8 +109,8 @@ class Engine:
             self.model.device,
             with_lengths=self.model.rotary.depends_on_length,
         )
-        logits_RV = self.model.forward(batch, self._kv)
-        tokens = next_tokens(batch, logits_RV, self.model.config.eos_token_ids)
+        x_RH = self.model.forward(batch, self._kv)
+        tokens = next_tokens(batch, x_RH, self.model.head, self.model.config.eos_token_ids)
         self.num_steps += 1
         return outputs + self._update(batch, tokens)
 

@@ -16,12 +16,14 @@ from core.engine import Engine
 from core.engine_config import EngineConfig
 from core.errors import InvalidRequestError
 from core.factors import FactorSource
+from core.head import LogitsHead
 from core.huge_pages import Arena
 from core.int8 import TorchInt8Linear
 from core.kernels.build import load_library
 from core.kernels.cpu_layers import CpuLayers
 from core.kernels.int8_linear import Int8Linear
 from core.kernels.panel_linear import PanelLinear
+from core.kernels.screened_head import make_head
 from core.model import LlamaModel
 from core.model_config import ModelConfig, read_model_config
 from core.torch_layers import TorchLayers
@@ -83,11 +85,12 @@ def _makers(config: EngineConfig, library: CDLL | None) -> LinearMakers:
         int8 = TorchInt8Linear if library is None else partial(Int8Linear, library, arena)
         precise = partial(int8, num_terms=2)  # inputs in 15 bits, which a head needs
         usual = int8 if config.quantize == "int8" else precise
-        return LinearMakers(usual, usual, precise)
+        return LinearMakers(usual, usual, lambda weight_VH: LogitsHead(precise(weight_VH)))
     if library is None:
         return LinearMakers()
     panels = partial(PanelLinear, library, arena)
-    return LinearMakers(panels, partial(panels, in_halves=True), panels)
+    head = partial(make_head, library, panels)
+    return LinearMakers(panels, partial(panels, in_halves=True), head)
 
 
 def _check_quantize(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -1,21 +1,22 @@
-"""From a step's logits to the next token of each sequence that samples, with logprobs.
+"""From a step's last hidden states to the next token of each sequence that samples, with logprobs.
 
-Knows which logit rows belong to whom; `sampler` knows how a token is chosen.
+Knows which rows belong to whom and what of their logits is needed; `sampler` knows how a token is
+chosen from them.
 
-Shape legend: R rows of logits, V vocabulary.
+Shape legend: R rows that want logits, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from math import isfinite
 
 from torch import Tensor
 
 from core.batch import Batch, wants_prompt_logprobs
+from core.head import Head, are_finite
 from core.requests import TokenLogprobs
-from core.sampler import logprobs_of, sample
+from core.sampler import is_plain_greedy, logprobs_of, sample
 from core.sequence import Chunk, Sequence
 
 
@@ -28,18 +29,62 @@ class NextToken:
 
 
 def next_tokens(
-    batch: Batch, logits_RV: Tensor, eos_token_ids: frozenset[int]
+    batch: Batch, x_RH: Tensor, head: Head, eos_token_ids: frozenset[int]
 ) -> dict[Sequence, NextToken | None]:
     """New tokens of the sequences that sample, with logprobs; fills prompt logprobs.
 
-    None for a sequence whose logits are not finite: factors may overflow in the forward.
+    None for a sequence whose logits are not finite: factors may overflow in the forward. Logits are
+    computed for those alone who need more of them than the largest.
     """
-    finite = [isfinite(largest) for largest in logits_RV.amax(dim=-1).tolist()]
+    found: dict[Sequence, NextToken | None] = {}
+    greedy: list[tuple[Sequence, int]] = []  # and its row
+    others: list[tuple[Chunk, int]] = []  # and how many rows
+    other_rows: list[int] = []
+    end = 0
+    for chunk, num_rows in batch.logit_spans:
+        end += num_rows
+        if _needs_largest_alone(chunk):
+            greedy.append((chunk.seq, end - 1))
+        else:
+            others.append((chunk, num_rows))
+            other_rows += range(end - num_rows, end)
+    if greedy:
+        tokens = head.most_probable(_rows(x_RH, [row for _, row in greedy]))
+        for (seq, _), token in zip(greedy, tokens, strict=True):
+            found[seq] = None if token is None else NextToken(token, None)
+    if others:
+        logits_RV = head.logits(_rows(x_RH, other_rows))
+        found |= _by_logits(others, logits_RV, eos_token_ids)
+    return found
+
+
+def _needs_largest_alone(chunk: Chunk) -> bool:
+    """Whether all that is asked of a chunk is its most probable next token."""
+    params = chunk.seq.request.sampling
+    return (
+        chunk.samples
+        and params.max_tokens > 0
+        and params.logprobs is None
+        and is_plain_greedy(chunk.seq)
+        and not wants_prompt_logprobs(chunk)
+    )
+
+
+def _rows(x_RH: Tensor, rows: list[int]) -> Tensor:
+    """These rows, of which none stands twice, in order."""
+    return x_RH if len(rows) == len(x_RH) else x_RH[rows]
+
+
+def _by_logits(
+    spans: Seq[tuple[Chunk, int]], logits_RV: Tensor, eos_token_ids: frozenset[int]
+) -> dict[Sequence, NextToken | None]:
+    """See `next_tokens`: of chunks with so many rows of logits each."""
+    finite = are_finite(logits_RV)
     found: dict[Sequence, NextToken | None] = {}
     rows: list[int] = []
     seqs: list[Sequence] = []
     end = 0
-    for chunk, num_rows in batch.logit_spans:
+    for chunk, num_rows in spans:
         end += num_rows
         if not all(finite[end - num_rows : end]):
             found[chunk.seq] = None
@@ -51,7 +96,7 @@ def next_tokens(
             seqs.append(chunk.seq)
     if not seqs:
         return found
-    chosen_RV = logits_RV if len(rows) == len(logits_RV) else logits_RV[rows]
+    chosen_RV = _rows(logits_RV, rows)
     tokens = sample(chosen_RV, seqs, eos_token_ids)
     logprobs = _sampled_logprobs(chosen_RV, seqs, tokens)
     for seq, token in zip(seqs, tokens, strict=True):

@@ -17,6 +17,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from core.head import largest
 from core.requests import SamplingParams, TokenLogprobs
 from core.sequence import Sequence
 
@@ -24,7 +25,7 @@ from core.sequence import Sequence
 def sample(logits_RV: Tensor, seqs: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[int]:
     """The next token of each sequence from its row of logits."""
     rows = _adjusted(logits_RV, seqs, eos_token_ids)
-    tokens = _largest(rows)
+    tokens = largest(rows)
     # Apart, since sorting gives a token another share of the unit interval: what other rows of
     # the batch ask for must not change what this one draws.
     all_random = [i for i, seq in enumerate(seqs) if seq.request.sampling.temperature > 0]
@@ -36,6 +37,11 @@ def sample(logits_RV: Tensor, seqs: Seq[Sequence], eos_token_ids: frozenset[int]
             for index, token in zip(random, picked, strict=True):
                 tokens[index] = token
     return tokens
+
+
+def is_plain_greedy(seq: Sequence) -> bool:
+    """Whether its next token is the one with the largest logit, as the model gives it."""
+    return seq.request.sampling.temperature == 0 and not _needs_adjusting(seq)
 
 
 def logprobs_of(logits_RV: Tensor, token_ids: Seq[int], num_top: int) -> list[TokenLogprobs]:
@@ -63,14 +69,6 @@ def uniform(seed: int, place: int) -> float:
     digest = blake2b(f"{seed}:{place}".encode(), digest_size=8).digest()
     # 52 bits: times any total it stays below that total, so no tail of probability 0 is hit.
     return (int.from_bytes(digest, "little") >> 12) / (1 << 52)
-
-
-def _largest(logits_RV: Tensor) -> list[int]:
-    """The first token with the largest logit of each row."""
-    if logits_RV.device.type == "cpu" and logits_RV.dtype == torch.float32:
-        # NumPy's is 6 times faster than torch's: 0.05 instead of 0.33 ms for 16 rows of 49,152.
-        return [int(token) for token in logits_RV.numpy().argmax(axis=-1)]
-    return [int(token) for token in logits_RV.argmax(dim=-1).tolist()]
 
 
 def _adjusted(logits_RV: Tensor, seqs: Seq[Sequence], eos_token_ids: frozenset[int]) -> Tensor:

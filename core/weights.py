@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint
 from core.factors import LowRankPair
+from core.head import Head, LogitsHead, MakeHead
 from core.layer_matrices import LayerMatrices, layer_matrices
 from core.linear import FrozenLinear, Linear, MakeLinear
 from core.model_config import ModelConfig
@@ -53,7 +54,7 @@ class ModelWeights:
     embedding_VH: Tensor
     layers: tuple[LayerWeights, ...]
     norm_H: Tensor
-    head: Linear
+    head: Head
     num_bytes: int
 
 
@@ -63,7 +64,7 @@ class LinearMakers:
 
     layers: MakeLinear = FrozenLinear
     gate_up: MakeLinear = FrozenLinear
-    head: MakeLinear = FrozenLinear
+    head: MakeHead = lambda weight_VH: LogitsHead(FrozenLinear(weight_VH))
 
 
 def load_weights(
@@ -114,7 +115,7 @@ def _layers(
 
 
 def _num_bytes(
-    embedding: Tensor, layers: tuple[LayerWeights, ...], norm: Tensor, head: Linear
+    embedding: Tensor, layers: tuple[LayerWeights, ...], norm: Tensor, head: Head
 ) -> int:
     matrices = {
         id(matrix): matrix.num_bytes

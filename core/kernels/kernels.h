@@ -15,6 +15,14 @@ typedef struct {
     int64_t in, out, half, terms, form, shared;
 } matrix_t;
 
+/* A head and how to find its largest outputs: `sketch`, nearly the same matrix on a grid of 8 bits whose
+ * bases are -128 steps, the norms of its outputs' weights and those of what the sketch changes in
+ * them, [out], zeros up to whole panels. The sketch may be the head itself. */
+typedef struct {
+    matrix_t exact, sketch;
+    const float *norms, *errors;
+} head_t;
+
 /* One module's factors: a is [rank, in], b is [rank, out]; rank 0 leaves the module alone. Where there
  * is a gain, [out], what the base gives is multiplied with it first. */
 typedef struct {
@@ -71,6 +79,8 @@ void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
 void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
                            const increments_t *incs, const low_rank_t *adds, int num_threads);
 int multiply_int8(const matrix_t *w, const float *x, float *y, int64_t rows, int num_threads);
+int argmax_rows(const head_t *head, const float *x, int64_t rows, int64_t *tokens, int num_threads);
+int can_argmax(void);
 void add_increments(const increments_t *incs, const float *x, float *y, int64_t rows, int64_t in,
                     int64_t out, int num_threads);
 void add_low_rank(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,

@@ -42,6 +42,14 @@ class PackedWeights:
     step_OG: Tensor | None = None
     base_OG: Tensor | None = None
 
+    def weights(self) -> Tensor:
+        """The fp32 matrix that a grid's numbers, steps and bases stand for."""
+        assert self.step_OG is not None and self.base_OG is not None, "for grids alone"
+        number_OGB = self.number_OI.float().unflatten(1, (-1, BLOCK))
+        step_OG1, base_OG1 = self.step_OG.float()[..., None], self.base_OG.float()[..., None]
+        weight_OI: Tensor = torch.addcmul(base_OG1, number_OGB, step_OG1).flatten(1)
+        return weight_OI
+
 
 def pack_exactly(weight_OI: Tensor) -> PackedWeights | None:
     """The form with the fewest bits that gives every weight of the fp32 matrix back, if any does.
@@ -55,6 +63,21 @@ def pack_exactly(weight_OI: Tensor) -> PackedWeights | None:
         if form(weight_OI[:_PROBED_ROWS]) is not None and (packed := form(weight_OI)) is not None:
             return packed
     return None
+
+
+def pack_nearly(weight_OI: Tensor) -> PackedWeights | None:
+    """Any fp32 matrix as `Form.GRID_8` with bases of -128 steps: rounded, as Q8_0 rounds.
+
+    None where steps do not fit fp16.
+    """
+    weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
+    step_OG = (weight_OGB.abs().amax(2) / 127).half()
+    base_OG = -128 * step_OG
+    if not base_OG.isfinite().all():
+        return None
+    number_OGB = weight_OGB / step_OG.float().clamp(min=1e-30)[..., None]
+    number_OGB.round_().clamp_(-127, 127).add_(128)
+    return PackedWeights(Form.GRID_8, number_OGB.flatten(1).to(torch.int16), step_OG, base_OG)
 
 
 def _q4_1(weight_OI: Tensor) -> PackedWeights | None:

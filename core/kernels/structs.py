@@ -29,6 +29,12 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class ScreenedMatrix(ctypes.Structure):
+    """head_t."""
+
+    _fields_ = [*_all(Matrix, "exact sketch"), *_all(c_void_p, "norms errors")]
+
+
 class Increments(ctypes.Structure):
     """increments_t."""
 

@@ -76,7 +76,7 @@ def engine_logits(llm: LLM, token_ids: list[int], sizes: list[int]) -> torch.Ten
     seq.pages, start, parts = [5, 2, 7, 1], 0, []
     for size in sizes:
         batch = build_batch([Chunk(seq, start, size)], 16, model.device, with_lengths=False)
-        parts.append(model.forward(batch, kv))
+        parts.append(model.head.logits(model.forward(batch, kv)))
         start += size
     return torch.cat(parts)
 

@@ -94,7 +94,7 @@ def test_rounding_is_seen(compiled: bool, wide_path: Path) -> None:
     weights = [engine.model.weights for engine in engines]
     assert weights[1].num_bytes < 0.6 * weights[0].num_bytes
     layer = weights[1].layers[0]
-    for quantised in (weights[1].head, layer.qkv, layer.o, layer.gate_up, layer.down):
+    for quantised in (weights[1].head.linear, layer.qkv, layer.o, layer.gate_up, layer.down):
         assert isinstance(quantised, Int8Linear if compiled else TorchInt8Linear)
 
 

@@ -93,7 +93,7 @@ def model_logits(
         batch = build_batch([chunk], PAGE_SIZE, cpu, with_lengths=model.rotary.depends_on_length)
         if factors is not None:
             batch = replace(batch, adapter_rows=(AdapterRows(Held(factors), 0, size),))
-        parts.append(model.forward(batch, kv))
+        parts.append(model.head.logits(model.forward(batch, kv)))
         start += size
     assert start == len(token_ids)
     return torch.cat(parts)
