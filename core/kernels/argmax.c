@@ -40,7 +40,8 @@ typedef int32_t part_t __attribute__((aligned(2), may_alias)); /* of a row's qua
  * `size` times its error in the sketch, away from the sum of numbers. */
 typedef struct {
     number_t *numbers;
-    float *scale, *lost, *reach, *size;
+    float *scale, *reach, *size;
+    double *lost;
     int32_t *offset;
     int64_t *again;
     int64_t rows, in, blocks, places;
@@ -56,10 +57,11 @@ typedef struct {
 } best_t;
 
 /* Round BLOCK numbers, of which `rest` then has what is left over; returns the sum of its squares. */
-static float round_block(float *rest, int64_t row, int64_t place, const rounded_t *to) {
+static double round_block(float *rest, int64_t row, int64_t place, const rounded_t *to) {
     int64_t index = row * to->places + place;
     number_t *numbers = to->numbers + index * BLOCK;
-    float most = 0.0f, lost = 0.0f;
+    float most = 0.0f;
+    double lost = 0.0; /* in fp32 squares of small rows would vanish */
     int32_t sum = 0;
     for (int i = 0; i < BLOCK; i++) most = fabsf(rest[i]) > most ? fabsf(rest[i]) : most;
     float scale = most / GREATEST, inverse = scale > 0x1p-100f ? 1.0f / scale : 0.0f;
@@ -68,7 +70,7 @@ static float round_block(float *rest, int64_t row, int64_t place, const rounded_
         numbers[PARTS == 1 ? i : i / QUAD * QUAD + (i % 2 * 2 + i / 2 % 2)] = (number_t)number;
         sum += (int32_t)number;
         rest[i] -= number * scale;
-        lost += rest[i] * rest[i];
+        lost += (double)rest[i] * rest[i];
     }
     to->scale[index] = scale;
     to->offset[index] = -ZERO * sum;
@@ -86,15 +88,15 @@ static void round_row(const float *x, int64_t row, const rounded_t *to) {
 /* Choose the blocks that are rounded again; rows that are not finite have no say. */
 static void choose_again(const rounded_t *to) {
     for (int64_t i = 0; i < to->places - to->blocks; i++) {
-        float most = -1.0f;
+        double most = -1.0;
         for (int64_t block = 0; block < to->blocks; block++) {
-            float lost = 0.0f;
+            double lost = 0.0;
             for (int64_t r = 0; r < to->rows; r++) {
-                float own = to->lost[r * to->blocks + block];
-                lost += own == own ? own : 0.0f;
+                double own = to->lost[r * to->blocks + block];
+                lost += own == own ? own : 0.0;
             }
             for (int64_t j = 0; j < i; j++)
-                if (to->again[j] == block) lost = -1.0f;
+                if (to->again[j] == block) lost = -1.0;
             if (lost > most) most = lost, to->again[i] = block;
         }
     }
@@ -102,7 +104,7 @@ static void choose_again(const rounded_t *to) {
 
 /* Round again what was left over, and say how far sums can be away. */
 static void finish_row(const float *x, int64_t row, const rounded_t *to) {
-    float *losts = to->lost + row * to->blocks;
+    double *losts = to->lost + row * to->blocks;
     double lost = 0.0, size = 0.0;
     for (int64_t i = 0; i < to->places - to->blocks; i++) {
         int64_t block = to->again[i], index = row * to->places + block;
@@ -114,12 +116,12 @@ static void finish_row(const float *x, int64_t row, const rounded_t *to) {
     }
     for (int64_t block = 0; block < to->blocks; block++) lost += losts[block];
     for (int64_t k = 0; k < to->in; k++) size += (double)x[k] * x[k];
-    /* Sums in fp32, here and of the exact logits, are at most `in` roundings away. */
+    /* Sums in fp32, here and of the exact logits, are at most `in` roundings away; and what is smaller
+     * than fp32's normal numbers may be lost. */
     size = sqrt(size), lost = sqrt(lost);
+    double reach = lost + 2.0 * (to->in + 64) * 0x1p-24 * size + to->in * 0x1p-120;
     to->size[row] = 1.001f * (float)(size + lost);
-    to->reach[row] = size < MOST_SIZE
-                         ? 1.001f * (float)(lost + 2.0 * (to->in + 64) * 0x1p-24 * size)
-                         : NAN;
+    to->reach[row] = size < MOST_SIZE ? 1.001f * (float)reach : NAN;
 }
 
 typedef struct {
@@ -348,7 +350,7 @@ static char *divide(char *at, rounded_t *x, float **panels, best_t **bests, int 
     x->numbers = take(&at, places * BLOCK, sizeof(number_t));
     x->scale = take(&at, places, sizeof(float));
     x->offset = take(&at, places, sizeof(int32_t));
-    x->lost = take(&at, x->rows * x->blocks, sizeof(float));
+    x->lost = take(&at, x->rows * x->blocks, sizeof(double));
     x->reach = take(&at, x->rows, sizeof(float));
     x->size = take(&at, x->rows, sizeof(float));
     x->again = take(&at, x->places - x->blocks, sizeof(int64_t));

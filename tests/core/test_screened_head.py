@@ -80,7 +80,7 @@ def test_tokens_are_those_of_all_logits(
     num_rows=st.integers(1, 9),
     num_out=st.integers(1, 400),
     blocks=st.integers(1, 20),
-    scale=st.floats(-20, 12).map(lambda power: 2.0**power),
+    scale=st.sampled_from((-145, -120, -70, -20, 0, 12)).map(lambda power: 2.0**power),
     outlier=st.sampled_from((0.0, 1.0, 1e3, 1e6)),
     few=st.booleans(),
 )
