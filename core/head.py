@@ -18,7 +18,7 @@ from core.linear import Linear
 
 
 class Head(Protocol):
-    """A matrix [V, H] that rows are multiplied with; `num_bytes` is what is held beside it too."""
+    """A matrix [V, H] that rows are multiplied with; `num_bytes` counts all that it holds."""
 
     num_bytes: int
 
@@ -27,7 +27,10 @@ class Head(Protocol):
         ...
 
     def most_probable(self, x_RH: Tensor) -> list[int | None]:
-        """Each row's first token with the largest logit; None where logits are not finite."""
+        """Each row's first token with the largest logit; None where logits are not finite.
+
+        Raises MemoryError where there is no room to work in.
+        """
         ...
 
     def shares_storage_with(self, tensor: Tensor) -> bool:
