@@ -1,5 +1,6 @@
 /* Products with a frozen matrix that was packed in panels once. */
 #include "common.h"
+#include "digits.h"
 #include "low_rank.h"
 #include "packed.h"
 #include "tiles.h"
@@ -25,6 +26,9 @@ static columns_t columns_of(int64_t panel, int64_t half, int64_t out) {
     int64_t start = panel / halves * TILE_WIDTH, left = half - start;
     return (columns_t){panel % halves * half + start, left < TILE_WIDTH ? left : TILE_WIDTH};
 }
+
+/* Whether rows are multiplied in digits where they can be. */
+int has_digits(void) { return HAS_DIGITS; }
 
 /* Words of 32 bits that packing takes. */
 int64_t packed_words(int64_t in, int64_t half, int64_t out, int64_t form) {
@@ -99,14 +103,17 @@ static int has_lone_row(const low_rank_t *adds, int64_t row, int64_t rows) {
  * its own next features are fetched ahead; with several, each pass fetches its share of the next
  * panel, so that memory is read all the time and not only in first passes. What increments and
  * adapters add to a tile goes there while it is in the cache; the last passes fetch the factors of lone rows. Where
- * there are several, a packed panel is widened into `widened` by the first, or before it. */
+ * there are several, a packed panel is widened into `widened` by the first, or before it; where rows are in
+ * digits, it is unpacked there. */
 typedef struct {
     const matrix_t *w;
     const float *x;
     const increments_t *incs;
     const low_rank_t *adds;
-    int64_t rows, passes, halves, lots, lines, distance, panel_words;
+    int64_t rows, passes, halves, lots, lines, distance, panel_words, panel_room;
     float *widened;
+    int in_digits;
+    digits_t digits;
     coming_t coming;
     int64_t floats_left, passes_left;
 } sweep_t;
@@ -123,16 +130,52 @@ static float *room_of_thread(int64_t floats) {
     return room;
 }
 
-/* Begin, in all threads of a region. */
+/* Whether one tile has all rows: its threads split them each for itself, and unpack a block at a time. */
+static int is_one_tile(int64_t rows) { return rows <= DIGIT_ROWS; }
+
+/* Room for rows in digits, which the thread that begins a product keeps; NULL where there is none or
+ * they are multiplied in fp32. */
+static float *room_for_digits(const matrix_t *w, int64_t rows, int num_threads) {
+    static _Thread_local float *room;
+    static _Thread_local int64_t size;
+    if (!HAS_DIGITS || w->form != GRID_4) return NULL;
+    int64_t floats = floats_of_digits(rows, w->in) * (is_one_tile(rows) ? num_threads : 1);
+    if (size < floats) {
+        free(room);
+        room = aligned_alloc(64, floats * sizeof(float));
+        size = room ? floats : 0;
+    }
+    return room;
+}
+
+/* The rows in digits; the threads of the region share the work and wait for each other. */
+static digits_t split_rows(const float *x, int64_t rows, int64_t in, float *room) {
+    if (is_one_tile(rows)) {
+        float *own = room + omp_get_thread_num() * floats_of_digits(rows, in);
+        digits_t digits = digits_in(own, rows, in);
+        for (int64_t r = 0; r < rows; r++) split_row(x + r * in, r, &digits);
+        return digits;
+    }
+    digits_t digits = digits_in(room, rows, in);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) split_row(x + r * in, r, &digits);
+    return digits;
+}
+
+/* Begin, in all threads of a region; `room` is what `room_for_digits` gave. */
 static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
-                           const increments_t *incs, const low_rank_t *adds) {
+                           const increments_t *incs, const low_rank_t *adds, float *room) {
     int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, threads = omp_get_num_threads();
     sweep_t s = {w, x, incs, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
     s.halves = w->half < w->out ? 2 : 1;
     s.panel_words = words_of_panel(w->in, w->form);
-    s.distance = passes > 1 || widens(w->form, rows) ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
+    int is_kept = room ? !is_one_tile(rows) : widens(w->form, rows); /* the panel, widened or unpacked */
+    s.distance = passes > 1 || is_kept ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
     s.lines = passes ? (s.panel_words / LINE + s.lots * passes - 1) / (s.lots * passes) : 0;
-    if (widens(w->form, rows)) s.widened = room_of_thread(s.halves * TILE_WIDTH * w->in);
+    s.panel_room = room ? (is_kept ? w->in / BLOCK + 1 : 2) * UNPACKED_WORDS : TILE_WIDTH * w->in;
+    if (room || is_kept) s.widened = room_of_thread(s.halves * s.panel_room);
+    if (room) s.digits = split_rows(x, rows, w->in, room);
+    s.in_digits = room && s.widened;
     s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
     s.passes_left = (num_panels(w->half, w->out) + threads - 1) / threads * passes;
     if (incs) shrink_all(incs, x, rows, w->in);
@@ -165,15 +208,21 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
         factors.lines = (floats + lots * LINE - 1) / (lots * LINE);
         s->floats_left -= floats;
     }
-    float *widened = s->widened ? s->widened + panel % s->halves * TILE_WIDTH * in : NULL;
+    float *widened = s->widened ? s->widened + panel % s->halves * s->panel_room : NULL;
     const float *x = s->x + r * in;
     target_t to = {y, y_stride, columns.width, 0, {{NULL}}};
     int late_incs = s->incs && add_all_rows(s->incs, r, columns.start, &to);
     int late_adds = s->adds && fills_tile(s->adds, r, rows) &&
                     add_segment(s->adds, r, columns.start, &to);
-    int widens_apart = widened && pass == 0 && rows > FUSED_ROWS;
+    int widens_apart = widened && !s->in_digits && pass == 0 && rows > FUSED_ROWS;
     if (widens_apart) widen_panel((const uint32_t *)at, in, s->w->form, widened);
-    if (widened && (pass > 0 || widens_apart))
+    if (s->in_digits) {
+        int64_t tiles = rows > DIGIT_ROWS ? 2 : 1, lots_in_block = BLOCK / TILE_STEP;
+        panels.lines = is_one_tile(s->rows) ? 0 : (panels.lines * lots_in_block + tiles - 1) / tiles;
+        factors.lines = (factors.lines * lots_in_block + tiles - 1) / tiles;
+        multiply_digits(&s->digits, r, pass ? NULL : (const uint32_t *)at, widened,
+                        !is_one_tile(s->rows), rows, &to, panels, factors);
+    } else if (widened && (pass > 0 || widens_apart))
         multiply_rows(x, in, widened, in, rows, &to, panels, factors);
     else if (s->w->form) {
         /* One pass alone fetches what comes next of the panel itself. */
@@ -194,9 +243,10 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
 void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
                      const increments_t *incs, const low_rank_t *adds, int num_threads) {
     int64_t in = w->in, out = w->out;
+    float *room = room_for_digits(w, rows, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        sweep_t sweep = begin_sweep(w, x, rows, incs, adds);
+        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, room);
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < num_panels(w->half, out); i++)
             for (int64_t p = 0; p < sweep.passes; p++)
@@ -216,9 +266,10 @@ void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
 void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
                            const increments_t *incs, const low_rank_t *adds, int num_threads) {
     int64_t in = w->in, out = w->out, half = w->half, first = panels_for(half);
+    float *room = room_for_digits(w, rows, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        sweep_t sweep = begin_sweep(w, x, rows, incs, adds);
+        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, room);
         float gate[TILE_ROWS * TILE_WIDTH], up[TILE_ROWS * TILE_WIDTH];
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < first; i++) {

@@ -12,6 +12,10 @@ from core.kernels import build
 FORMS = {  # compiler flags, and what the processor must have
     "native": (("-march=native",), ()),
     "avx_vnni": (("-march=x86-64-v3", "-mavxvnni"), ("avx2", "avx_vnni")),
+    "avx512_vnni": (
+        ("-march=skylake-avx512", "-mavx512vnni"),
+        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
+    ),
     "avx512": (("-march=skylake-avx512",), ("avx512f", "avx512bw", "avx512vl", "avx512dq")),
     "avx2": (("-march=x86-64-v3",), ("avx2",)),
     "plain": ((), ()),

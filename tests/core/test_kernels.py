@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grids import on_grid
 from kernel_forms import load_form
 from operations import KernelOperations, TorchOperations, multiply_gated
 from tiny_models import write_tiny_llama
@@ -246,12 +247,17 @@ INCREMENTS = {  # by width of the projections and their ranks
 
 @pytest.mark.parametrize("kind", INCREMENTS)
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 23])
-def test_increments_of_all_rows(kind: str, num_rows: int, formed: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("on_a_grid", [False, True])
+def test_increments_of_all_rows(
+    kind: str, num_rows: int, on_a_grid: bool, formed: ctypes.CDLL
+) -> None:
     """Within the product of panels, and gated, against fp64; what is not written is NaN."""
     outs, ranks = INCREMENTS[kind]
-    x_TI, weight_OI = noise(num_rows, 37, seed=1), noise(sum(outs), 37, seed=2)
+    num_in = 64 if on_a_grid else 37
+    x_TI = noise(num_rows, num_in, seed=1)
+    weight_OI = on_grid("q4_1", sum(outs), num_in) if on_a_grid else noise(sum(outs), 37, seed=2)
     pairs = [
-        LowRankPair(noise(rank, 37, seed=3 + n), noise(rank, out, seed=30 + n), 0.5 + n)
+        LowRankPair(noise(rank, num_in, seed=3 + n), noise(rank, out, seed=30 + n), 0.5 + n)
         for n, (out, rank) in enumerate(zip(outs, ranks, strict=True))
     ]
     expected = x_TI.double() @ weight_OI.double().T

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from grids import on_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_forms import load_form
@@ -24,29 +25,6 @@ from core.huge_pages import Arena
 from core.kernels import panel_linear
 from core.kernels.packed_weights import BLOCK, Form, PackedWeights, pack_exactly
 from core.kernels.panel_linear import PanelLinear
-
-
-def on_grid(kind: str, num_out: int, num_in: int, seed: int = 0) -> Tensor:
-    """A matrix as it comes out of a GGUF file, or of one in bf16 or fp16."""
-    rng = torch.Generator().manual_seed(seed)
-    weight_OI = torch.randn(num_out, num_in, generator=rng) * 0.1
-    if kind in ("bf16", "fp16"):
-        return weight_OI.to(torch.bfloat16 if kind == "bf16" else torch.float16).float()
-    weight_OGB = weight_OI.unflatten(1, (-1, BLOCK))
-    least_OG1, most_OG1 = weight_OGB.amin(2, keepdim=True), weight_OGB.amax(2, keepdim=True)
-    size_OG1 = weight_OGB.abs().amax(2, keepdim=True)
-    if kind == "q4_1":
-        step, base, top = (most_OG1 - least_OG1) / 15, least_OG1, 15
-    elif kind == "q4_0":
-        furthest = torch.where(size_OG1 > most_OG1, least_OG1, most_OG1)
-        step, base, top = furthest / -8, furthest, 15
-    else:
-        step, base, top = size_OG1 / 127, -128 * (size_OG1 / 127).half().float(), 255
-    step, base = step.half().float(), base.half().float()
-    if kind == "q4_0":
-        base = -8 * step
-    number = ((weight_OGB - base) / step).round().clamp(0, top)
-    return (base + number * step).flatten(1)
 
 
 def given_back(packed: PackedWeights) -> Tensor:
@@ -128,9 +106,9 @@ def test_what_is_packed_gives_every_weight_back(
     assert packed is None or given_back(packed).equal(weight_OI)
 
 
-@pytest.fixture(scope="module", params=("native", "avx2", "plain"))
+@pytest.fixture(scope="module", params=("avx512", "avx2", "plain"))
 def formed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The library as other processors have it."""
+    """The library as processors without sums of whole numbers have it."""
     return load_form(request.param, tmp_path_factory.mktemp("form"))
 
 
