@@ -1,23 +1,24 @@
 /* Products with a panel on a grid of 4 bits as sums of whole numbers.
  *
- * Each block of a row becomes whole numbers of 23 bits, its largest feature below 2^22, and these
- * three digits to the base 256. One instruction multiplies four digits of a row with the numbers of
- * four weights, where fp32 multiplies one, so three digits take three quarters of the time; what a
- * block sums to is exact. A feature loses what is below 2^-23 of its block's largest: fp32 loses as much of sums
- * that this one is part of. Each row is split and summed alone and in one order: an answer does not
- * depend on its batch.
+ * Each block of a row becomes whole numbers up to 2^22, and these three digits to the base 256. One
+ * instruction multiplies four digits of a row with the numbers of four weights, where fp32
+ * multiplies one feature, so three digits take three quarters of the time; what a block sums to is
+ * exact. A feature loses at most 2^-22 of its block's largest, about what fp32 loses in each sum that
+ * the largest is part of. Each row is split and summed alone and in one order, whatever its batch.
  */
 #pragma once
 
-#include "packed.h"
+#include "panel_forms.h"
 
 #define DIGITS 3
-#define QUAD 4 /* features that one instruction sums */
-#define DIGIT_ROWS 4 /* rows by COLS registers: sums in fp32 and of a block in whole numbers fill the registers */
-#define STREAM_DIGIT_ROWS 2
-#define DIGIT_BITS 22
-#define LEAST_EXPONENT (-100) /* blocks that are smaller lose digits, as long as fp32 can't say their scales */
-#define UNPACKED_WORDS ((2 + BLOCK / QUAD) * TILE_WIDTH) /* of a block: steps and bases in fp32, numbers in bytes */
+#define QUAD 4               /* features that one instruction sums */
+#define DIGIT_ROWS 4         /* whose sums, by COLS, fill the registers: fp32's and a block's */
+#define STREAM_DIGIT_ROWS 2  /* whose sums of each digit do */
+#define DIGITS_AHEAD 96      /* rows of words that a panel is fetched before its use */
+#define DIGIT_BITS 22        /* 15 * BLOCK such numbers fit 32 bits */
+#define LEAST_EXPONENT (-100) /* smaller blocks lose digits, so that fp32 can say all scales */
+/* Of an unpacked block: steps and bases in fp32, then numbers in bytes. */
+#define UNPACKED_WORDS ((2 + BLOCK / QUAD) * TILE_WIDTH)
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__F16C__)
 #define HAS_DIGITS 1
@@ -25,9 +26,9 @@
 #define HAS_DIGITS 0
 #endif
 
-/* Rows in digits: [rows][blocks][DIGITS][BLOCK], the highest digit first; within 8 features those with even
- * places first, as a word of weights has them. `scale` is what a whole number stands for, `sum` the
- * block's features, both [rows][blocks]. */
+/* Rows in digits: [rows][blocks][DIGITS][BLOCK], the highest digit first; of 8 features those with
+ * even places come first, as they come out of a word of weights. `scale` is what a whole number
+ * stands for, `sum` all features of the block, both [rows][blocks]. */
 typedef struct {
     int8_t *digits;
     float *scale, *sum;
@@ -87,7 +88,7 @@ INLINE void split_row(const float *restrict x, int64_t row, const digits_t *to) 
 INLINE void fetch_words(const uint32_t *words) {
 #pragma GCC unroll 3
     for (int line = 0; line < TILE_WIDTH; line += LINE)
-        __builtin_prefetch(words + WORDS_AHEAD * TILE_WIDTH + line, 0, 3);
+        __builtin_prefetch(words + DIGITS_AHEAD * TILE_WIDTH + line, 0, 2);
 }
 
 /* Register `c` of a row of words becomes those of two rows of quads. */
@@ -101,6 +102,7 @@ INLINE void unpack_columns(const uint32_t *restrict words, float *restrict to) {
     }
 }
 
+/* Steps and bases. */
 INLINE void unpack_grid(const uint32_t *restrict words, float *restrict to) {
 #pragma GCC unroll 6
     for (int c = 0; c < 2 * COLS; c++)
@@ -121,14 +123,16 @@ INLINE __m512i spread_quad(const int8_t *digits) {
     return _mm512_set1_epi32(quad);
 }
 
-/* `to` = rows row..row+rows-1 times one panel; `rows` and `unpacks` are constants where this is inlined. One that
- * unpacks reads `words`, the panel, and unpacks a block while it multiplies with the one before; others find
- * all blocks unpacked. `strides` are from a block that is unpacked to the next, in turns: they go on, or to
- * and fro. Meanwhile, for every block, some cache lines are fetched. */
+/* `to` = rows row..row+rows-1 times one panel; `rows` and `unpacks` are constants where this is
+ * inlined. One that unpacks reads `words`, the panel, and unpacks a block while it multiplies with
+ * the one before; others find all blocks unpacked. From one unpacked block it is `to_next` floats to
+ * the next, then `to_after`, in turns: they go on, or to and fro. Meanwhile, for every block, some
+ * cache lines are fetched. */
 INLINE void multiply_digits_tile(const digits_t *x, int64_t row, const uint32_t *restrict words,
                                  float *unpacked, int64_t to_next, int64_t to_after, const int rows,
                                  const int unpacks, const target_t *to, ahead_t panels,
                                  ahead_t others) {
+    _Static_assert(DIGITS == COLS, "with each digit one register of a row of words is unpacked");
     wide_t sums[TILE_ROWS][COLS];
     const int64_t blocks = x->blocks, row_bytes = blocks * DIGITS * BLOCK;
     const float *scale = x->scale + row * blocks, *sum = x->sum + row * blocks;
@@ -160,7 +164,7 @@ INLINE void multiply_digits_tile(const digits_t *x, int64_t row, const uint32_t 
             for (int c = 0; c < COLS; c++) dots[r][c] = _mm512_setzero_si512();
 #pragma GCC unroll 1
         for (int d = 0; d < DIGITS; d++, digits += BLOCK) {
-            __asm__("" : "+r"(weights)); /* else all weights of a block are kept for the next digit, on the stack */
+            __asm__("" : "+r"(weights)); /* else all are kept for the next digit, on the stack */
             if (d)
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++)
@@ -173,7 +177,7 @@ INLINE void multiply_digits_tile(const digits_t *x, int64_t row, const uint32_t 
                 for (int c = 0; c < COLS; c++)
                     w[c] = _mm512_loadu_si512(weights + q * TILE_WIDTH + c * WIDE);
                 if (unpacks && q < words_of_block(GRID_4))
-                    __builtin_prefetch(from + (q - 1 + WORDS_AHEAD) * TILE_WIDTH, 0, 3);
+                    __builtin_prefetch(from + (q - 1 + DIGITS_AHEAD) * TILE_WIDTH, 0, 2);
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     __m512i quad = spread_quad(digits + r * row_bytes + q * QUAD);
@@ -191,7 +195,8 @@ INLINE void multiply_digits_tile(const digits_t *x, int64_t row, const uint32_t 
             __m512 base = _mm512_loadu_ps(unpacked + TILE_WIDTH + c * WIDE);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++)
-                sums[r][c] = add_dot(sums[r][c], dots[r][c], scale + r * blocks, sum + r * blocks, step, base);
+                sums[r][c] = add_dot(sums[r][c], dots[r][c], scale + r * blocks, sum + r * blocks,
+                                     step, base);
         }
         unpacked = next;
         if (unpacks) {
@@ -202,7 +207,7 @@ INLINE void multiply_digits_tile(const digits_t *x, int64_t row, const uint32_t 
     finish_tile(sums, to, rows);
 }
 
-/* The same for so few rows that all digits' sums fit the registers: nothing is kept unpacked. */
+/* The same for 1 or 2 rows, of which each digit has sums of its own: nothing is stored unpacked. */
 INLINE void stream_digits(const digits_t *x, int64_t row, const uint32_t *restrict words,
                           const int rows, const target_t *to, ahead_t others) {
     wide_t sums[TILE_ROWS][COLS];
@@ -260,16 +265,17 @@ INLINE void stream_digits(const digits_t *x, int64_t row, const uint32_t *restri
 #pragma GCC unroll 2
                 for (int d = 1; d < DIGITS; d++)
                     dot = _mm512_add_epi32(_mm512_slli_epi32(dot, 8), dots[r][d][c]);
-                sums[r][c] = add_dot(sums[r][c], dot, scale + r * blocks, sum + r * blocks, step, base);
+                sums[r][c] = add_dot(sums[r][c], dot, scale + r * blocks, sum + r * blocks, step,
+                                     base);
             }
         }
     }
     finish_tile(sums, to, rows);
 }
 
-/* `to` = rows row..row+rows-1, 1 to TILE_ROWS, times one panel. Where `words` is given, the panel, it is unpacked first:
- * to `unpacked`, of UNPACKED_WORDS for each block and one more; only two with `is_kept` 0, for
- * DIGIT_ROWS rows at most. */
+/* `to` = rows row..row+rows-1, 1 to TILE_ROWS, times one panel. Where `words` is given, the panel, it is
+ * unpacked first, to `unpacked`: UNPACKED_WORDS for each block and one more, or two blocks where it
+ * is not kept, for DIGIT_ROWS rows at most. */
 static void multiply_digits(const digits_t *x, int64_t row, const uint32_t *words, float *unpacked,
                             int is_kept, int64_t rows, const target_t *to, ahead_t panels,
                             ahead_t others) {

@@ -130,7 +130,7 @@ static float *room_of_thread(int64_t floats) {
     return room;
 }
 
-/* Whether one tile has all rows: its threads split them each for itself, and unpack a block at a time. */
+/* Whether one tile has all rows: threads split them each for itself, and unpack a block at a time. */
 static int is_one_tile(int64_t rows) { return rows <= DIGIT_ROWS; }
 
 /* Room for rows in digits, which the thread that begins a product keeps; NULL where there is none or
@@ -169,7 +169,8 @@ static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
     sweep_t s = {w, x, incs, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
     s.halves = w->half < w->out ? 2 : 1;
     s.panel_words = words_of_panel(w->in, w->form);
-    int is_kept = room ? !is_one_tile(rows) : widens(w->form, rows); /* the panel, widened or unpacked */
+    /* Whether a panel is kept, widened or unpacked. */
+    int is_kept = room ? !is_one_tile(rows) : widens(w->form, rows);
     s.distance = passes > 1 || is_kept ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
     s.lines = passes ? (s.panel_words / LINE + s.lots * passes - 1) / (s.lots * passes) : 0;
     s.panel_room = room ? (is_kept ? w->in / BLOCK + 1 : 2) * UNPACKED_WORDS : TILE_WIDTH * w->in;

@@ -55,8 +55,8 @@ def noise(*shape: int, seed: int) -> Tensor:
 def most_off(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """How far digits may be from fp64: [T, O].
 
-    A feature is off by at most 2^-22 of its block's largest; each block adds fp32's roundings of what
-    its numbers and its base sum to, at most 16 times its largest weights.
+    A feature is off by at most 2^-22 of its block's largest; each block adds fp32's roundings of
+    what its numbers and its base sum to, at most 16 times its largest weights.
     """
     size_TG = x_TI.double().abs().unflatten(1, (-1, BLOCK)).amax(2)
     weight_OG = weight_OI.double().abs().unflatten(1, (-1, BLOCK)).sum(2)
@@ -167,7 +167,7 @@ def test_the_largest_numbers_and_weights_overflow_nothing(formed: ctypes.CDLL) -
 def test_an_engine_with_adapters(
     tmp_path: Path, adapters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts that fill tiles with one adapter, lone rows and the base's in one batch, beside fp32."""
+    """Prompts that fill tiles with one adapter, lone rows and the base's, beside fp32."""
     path = write_tiny_llama(tmp_path / "grid")
     tensors = load_file(path / "model.safetensors")
     for name, weight in tensors.items():
