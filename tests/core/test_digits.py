@@ -132,7 +132,7 @@ def test_any_size_of_features(
 ) -> None:
     weight_OI = on_grid("q4_1", 50, 64, seed)
     x_TI = (noise(num_rows, 64, seed=seed).double() * 2.0**scale).float()
-    x_TI[seed % num_rows, seed % 64] *= 2.0**min(outlier, 120 - scale)
+    x_TI[seed % num_rows, seed % 64] *= 2.0 ** min(outlier, 120 - scale)
     assert_as_fp64(PanelLinear(formed, Arena(), weight_OI)(x_TI), x_TI, weight_OI)
 
 
@@ -164,9 +164,7 @@ def test_the_largest_numbers_and_weights_overflow_nothing(formed: ctypes.CDLL) -
     assert linear(torch.zeros(5, 64)).equal(torch.zeros(5, 48))
 
 
-def test_an_engine_with_adapters(
-    tmp_path: Path, adapters, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_with_adapters(tmp_path: Path, adapters, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts that fill tiles with one adapter, lone rows and the base's, beside fp32."""
     path = write_tiny_llama(tmp_path / "grid")
     tensors = load_file(path / "model.safetensors")
