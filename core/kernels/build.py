@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess  # the C compiler, with fixed arguments
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -80,14 +81,17 @@ def _compile(compiler: str, path: Path) -> None:
         sources = sorted(_FOLDER.glob("*.c"))
         objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
         linked = Path(folder) / "cpu.so"
-        for command in (
-            *(
-                [compiler, *_FLAGS, "-c", str(source), "-o", compiled]
-                for source, compiled in zip(sources, objects, strict=True)
-            ),
-            [compiler, "-shared", *objects, "-o", str(linked), "-lm"],
-        ):
-            subprocess.run(  # noqa: S603  a compiler found on PATH
-                command, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS
-            )
+        commands = [
+            [compiler, *_FLAGS, "-c", str(source), "-o", compiled]
+            for source, compiled in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        _run([compiler, "-shared", *objects, "-o", str(linked), "-lm"])
         linked.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(  # noqa: S603  a compiler found on PATH
+        command, capture_output=True, text=True, check=True, timeout=_COMPILE_SECONDS
+    )

@@ -275,7 +275,7 @@ INLINE void stream_digits(const digits_t *x, int64_t row, const uint32_t *restri
 
 /* `to` = rows row..row+rows-1, 1 to TILE_ROWS, times one panel. Where `words` is given, the panel, it is
  * unpacked first, to `unpacked`: UNPACKED_WORDS for each block and one more, or two blocks where it
- * is not kept, for DIGIT_ROWS rows at most. */
+ * is not kept, for DIGIT_ROWS rows at most. What is kept is for more than DIGIT_ROWS. */
 static void multiply_digits(const digits_t *x, int64_t row, const uint32_t *words, float *unpacked,
                             int is_kept, int64_t rows, const target_t *to, ahead_t panels,
                             ahead_t others) {
@@ -287,20 +287,18 @@ static void multiply_digits(const digits_t *x, int64_t row, const uint32_t *word
         return;
     }
     for (int64_t left = rows; left > 0; left -= DIGIT_ROWS, row += DIGIT_ROWS, words = NULL) {
-#define DIGITS_CASE(n)                                                                             \
-    case n:                                                                                        \
-        if (words)                                                                                 \
-            multiply_digits_tile(x, row, words, unpacked, UNPACKED_WORDS, after, n, 1, &target,    \
-                                 panels, others);                                                  \
-        else                                                                                       \
-            multiply_digits_tile(x, row, NULL, unpacked, UNPACKED_WORDS, after, n, 0, &target,     \
-                                 panels, others);                                                  \
+#define DIGITS_CASE(n, unpacks)                                                                    \
+    case n + unpacks * (DIGIT_ROWS + 1):                                                           \
+        multiply_digits_tile(x, row, words, unpacked, UNPACKED_WORDS, after, n, unpacks, &target,  \
+                             panels, others);                                                      \
         break;
-        switch (left < DIGIT_ROWS ? left : DIGIT_ROWS) {
-            DIGITS_CASE(1)
-            DIGITS_CASE(2)
-            DIGITS_CASE(3)
-            DIGITS_CASE(4)
+        switch ((left < DIGIT_ROWS ? left : DIGIT_ROWS) + (words ? DIGIT_ROWS + 1 : 0)) {
+            DIGITS_CASE(3, 1)
+            DIGITS_CASE(4, 1)
+            DIGITS_CASE(1, 0)
+            DIGITS_CASE(2, 0)
+            DIGITS_CASE(3, 0)
+            DIGITS_CASE(4, 0)
         }
 #undef DIGITS_CASE
         panels.at += x->blocks * panels.lines * LINE;

@@ -31,10 +31,10 @@ from core.kernels.panel_linear import PanelLinear
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 40)
 
 
-@pytest.fixture(scope="module", params=("native", "avx512_vnni"))
-def formed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The library where it multiplies digits."""
-    library = load_form(request.param, tmp_path_factory.mktemp("form"))
+@pytest.fixture(scope="module")
+def formed(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The library, where it multiplies digits."""
+    library = load_form("native", tmp_path_factory.mktemp("form"))
     if not library.has_digits():
         pytest.skip("the processor sums no whole numbers of 8 bits in 512")
     return library
