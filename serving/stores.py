@@ -13,11 +13,21 @@ from typing import NamedTuple
 
 import platformdirs
 
-from adapters.errors import AdapterExistsError
+from adapters.errors import AdapterError, AdapterExistsError
 from adapters.store import AdapterStore
 from adapters.store_limits import StoreLimits
+from core.errors import CoreError
 from core.model_config import BaseInfo
+from serving.default_base import DefaultBaseError
 from serving.settings import Settings, SettingsError
+
+OFFLINE_ERRORS: tuple[type[Exception], ...] = (
+    AdapterError,
+    CoreError,
+    DefaultBaseError,
+    SettingsError,
+)
+"""What reading a base or an adapter may raise that a person can act on."""
 
 _DEMO_ADAPTERS = Path(__file__).resolve().parent.parent / "deploy" / "demo" / "adapters"
 _CONFIG_FILE = "adapter_config.json"

@@ -19,9 +19,6 @@ def told_plainly(*kinds: type[Exception]) -> Iterator[None]:
 
 def offline_errors() -> tuple[type[Exception], ...]:
     """What reading a base or an adapter in this process may raise. Imports torch, as that does."""
-    from adapters.errors import AdapterError
-    from core.errors import CoreError
-    from serving.default_base import DefaultBaseError
-    from serving.settings import SettingsError
+    from serving.stores import OFFLINE_ERRORS
 
-    return (AdapterError, CoreError, DefaultBaseError, SettingsError)
+    return OFFLINE_ERRORS

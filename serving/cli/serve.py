@@ -11,7 +11,7 @@ from pydantic import ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from serving.cli.errors import offline_errors, told_plainly
+from serving.cli.errors import told_plainly
 from serving.cluster.launch_checks import LaunchError, check_port_is_free
 from serving.settings import (
     CONFIG_VARIABLE,
@@ -136,10 +136,9 @@ def serve(config_file: Path | None, **given: Any) -> None:
     with told_plainly(LaunchError):
         check_port_is_free(settings.host, settings.port)
 
-    from rich.console import Console  # the heavy imports wait until all that is light is right
+    from rich.console import Console  # what is heavier waits until all that is light is right
 
-    console = Console()
-    with console.status("loading"):
-        from serving.cluster.launch import serve_forever
-    with told_plainly(LaunchError, *offline_errors()):
-        serve_forever(settings, console)
+    from serving.cluster.launch import serve_forever
+
+    with told_plainly(LaunchError):
+        serve_forever(settings, Console())

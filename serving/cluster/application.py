@@ -9,20 +9,22 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
+import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from core.model_config import BaseInfo
-from serving.cluster.engine_deployment import EngineReplica
-from serving.cluster.ingress_deployment import IngressReplica
 from serving.settings import Settings
 
 APP_NAME = "vbserve"
 ENGINE_NAME = "engine"
 INGRESS_NAME = "ingress"
+
+# paths that replicas import, since the launcher does without torch
+_ENGINE = "serving.cluster.engine_deployment.EngineReplica"
+_INGRESS = "serving.cluster.ingress_deployment.IngressReplica"
 
 _STOP_SECONDS = 5.0  # for requests that run when the server stops
 _GIVE_UP_SECONDS = 20.0
@@ -33,23 +35,31 @@ _EXTRA_CALLS = 64  # broadcasts and health checks come on top of requests
 
 
 @contextlib.contextmanager
-def deployed(settings: Settings, base_name: str, base: BaseInfo) -> Iterator[None]:
-    """Run the application on the connected cluster; take it down at the end.
-
-    Raises RuntimeError with Serve's words when a deployment fails.
-    """
+def serve_running(settings: Settings) -> Iterator[None]:
+    """Serve's controller on the connected cluster, which keeps one that was there before."""
     logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
     status = serve.status()
     was_running = bool(status.proxies or status.applications)
     serve.start(proxy_location="Disabled", logging_config=_logging(settings))
+    try:
+        yield
+    finally:
+        if settings.ray_address is not None and not was_running:
+            _within(_GIVE_UP_SECONDS, serve.shutdown)  # a private cluster ends as a whole
+
+
+@contextlib.contextmanager
+def deployed(settings: Settings, base_name: str, base: Path) -> Iterator[None]:
+    """Run the application for the model directory `base`; take it down at the end.
+
+    Raises RuntimeError with Serve's words when a deployment fails.
+    """
     try:
         # no route: the ingress replicas speak HTTP themselves, no proxy stands before them
         serve.run(_application(settings, base_name, base), name=APP_NAME, route_prefix=None)
         yield
     finally:
         _within(_GIVE_UP_SECONDS, serve.delete, APP_NAME)  # lets running requests end
-        if settings.ray_address is not None and not was_running:
-            _within(_GIVE_UP_SECONDS, serve.shutdown)  # a private cluster ends as a whole
 
 
 def _within(seconds: float, call: Callable[..., None], *args: object) -> None:
@@ -59,30 +69,28 @@ def _within(seconds: float, call: Callable[..., None], *args: object) -> None:
     thread.join(seconds)
 
 
-def _application(settings: Settings, base_name: str, base: BaseInfo) -> serve.Application:
+def _application(settings: Settings, base_name: str, base: Path) -> serve.Application:
     shared: dict[str, Any] = {
         "graceful_shutdown_timeout_s": _STOP_SECONDS,
         "graceful_shutdown_wait_loop_s": _STOP_POLL_SECONDS,
         "health_check_period_s": _HEALTH_PERIOD_SECONDS,
         "logging_config": _logging(settings),
     }
-    engine = serve.deployment(EngineReplica).options(
-        name=ENGINE_NAME,
+    engine = serve.deployment(name=ENGINE_NAME)(_ENGINE).options(
         num_replicas=settings.num_engine_replicas,
         max_ongoing_requests=_engine_requests(settings),
         max_queued_requests=settings.max_waiting,
         ray_actor_options=_engine_resources(settings),
         **shared,
     )
-    ingress = serve.deployment(IngressReplica).options(
-        name=INGRESS_NAME,
+    ingress = serve.deployment(name=INGRESS_NAME)(_INGRESS).options(
         num_replicas=settings.num_ingress_replicas,
         max_ongoing_requests=_EXTRA_CALLS,  # HTTP requests do not come through Serve
         ray_actor_options={"num_cpus": 0, "resources": {_HEAD_NODE: _A_LITTLE}},
         **shared,
     )
-    engines = engine.bind(settings, base_name, base.path)
-    return ingress.bind(settings, base_name, base.path, engines)
+    engines = engine.bind(settings, base_name, base)
+    return ingress.bind(settings, base_name, base, engines)
 
 
 def _engine_requests(settings: Settings) -> int:
@@ -91,8 +99,8 @@ def _engine_requests(settings: Settings) -> int:
 
 
 def _engine_resources(settings: Settings) -> dict[str, float]:
-    """A share of the GPUs where there are any; CPUs are not reserved, threads are set anyway."""
-    num_gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
+    """A share of the cluster's GPUs, if any; CPUs are not reserved, threads are set anyway."""
+    num_gpus = ray.cluster_resources().get("GPU", 0.0) if settings.device != "cpu" else 0.0
     if num_gpus == 0:
         return {"num_cpus": 0}
     return {"num_cpus": 0, "num_gpus": min(1.0, num_gpus / settings.num_engine_replicas)}

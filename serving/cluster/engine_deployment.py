@@ -14,23 +14,31 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ray import serve
+from serving.cluster.garbage import collection_paused, set_loaded_objects_aside
 
-from adapters.factor_cache import FactorCache
-from core.engine_config import EngineConfig
-from core.engine_thread import EngineThread
-from core.errors import CoreError
-from core.loading import load_engine, resolve_placement
-from core.model_config import read_base_info
-from core.requests import FinishReason, GenerationRequest, RequestOutput
-from serving.cluster.engine_wire import GenerateResult, decode_call, encode, join_outputs, to_wire
-from serving.cluster.garbage import set_loaded_objects_aside
-from serving.cluster.token_channel import TokenSender
-from serving.engine_client import EngineDiedError
-from serving.metrics import AdapterLabels, EngineMetrics, EngineState
-from serving.metrics_pages import Page
-from serving.settings import Settings
-from serving.stores import open_store
+with collection_paused():
+    from ray import serve
+
+    from adapters.factor_cache import FactorCache
+    from core.engine_config import EngineConfig
+    from core.engine_thread import EngineThread
+    from core.errors import CoreError
+    from core.loading import load_engine, resolve_placement
+    from core.model_config import read_base_info
+    from core.requests import FinishReason, GenerationRequest, RequestOutput
+    from serving.cluster.engine_wire import (
+        GenerateResult,
+        decode_call,
+        encode,
+        join_outputs,
+        to_wire,
+    )
+    from serving.cluster.token_channel import TokenSender
+    from serving.engine_client import EngineDiedError
+    from serving.metrics import AdapterLabels, EngineMetrics, EngineState
+    from serving.metrics_pages import Page
+    from serving.settings import Settings
+    from serving.stores import open_store
 
 
 @dataclass

@@ -10,23 +10,25 @@ import asyncio
 import contextlib
 from pathlib import Path
 
-import ray
-from ray import serve
-from ray.serve.handle import DeploymentHandle
+from serving.cluster.garbage import collection_paused, set_loaded_objects_aside
 
-from core.model_config import read_base_info
-from core.tokenizer import load_tokenizer
-from serving.cluster.engine_deployment import replica_name
-from serving.cluster.garbage import set_loaded_objects_aside
-from serving.cluster.http_server import HttpServer
-from serving.cluster.ray_engine_client import RayEngineClient
-from serving.cluster.token_channel import TokenReceiver
-from serving.http.app import build_app
-from serving.http.services import Access, Services
-from serving.metrics import HttpMetrics
-from serving.metrics_pages import Page
-from serving.settings import Settings
-from serving.stores import open_store
+with collection_paused():
+    import ray
+    from ray import serve
+    from ray.serve.handle import DeploymentHandle
+
+    from core.model_config import read_base_info
+    from core.tokenizer import load_tokenizer
+    from serving.cluster.engine_deployment import replica_name
+    from serving.cluster.http_server import HttpServer
+    from serving.cluster.ray_engine_client import RayEngineClient
+    from serving.cluster.token_channel import TokenReceiver
+    from serving.http.app import build_app
+    from serving.http.services import Access, Services
+    from serving.metrics import HttpMetrics
+    from serving.metrics_pages import Page
+    from serving.settings import Settings
+    from serving.stores import open_store
 
 _STOP_SECONDS = 4  # for answers that are on their way; less than Serve gives the replica
 

@@ -13,47 +13,41 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import NamedTuple
 
 import httpx
 from rich.console import Console
 
-from adapters.errors import StoreCorruptedError
-from adapters.store import AdapterStore
-from core.model_config import BaseInfo, read_base_info
+from serving.cluster.garbage import collection_paused
 from serving.cluster.launch_checks import LaunchError
 from serving.cluster.launch_messages import Stages, ready_message, server_url
+from serving.cluster.preparation import FoundBase, preparation
 from serving.cluster.ray_cluster import existing_cluster, private_cluster
-from serving.default_base import BASE_NAME, ensure_default_base
 from serving.settings import Settings
-from serving.stores import open_store, preload_adapters, preload_directory, served_ids
 
 _READY_SECONDS = 120.0
 _POLL_SECONDS = 0.1
-_GARBAGE_GRACE_SECONDS = 3600.0  # requests of another server may still run on what was removed
-
-
-class NamedBase(NamedTuple):
-    """The base, and the model name under which it is served."""
-
-    name: str
-    info: BaseInfo
 
 
 def serve_forever(settings: Settings, console: Console) -> None:
     """Start everything, wait for SIGINT or SIGTERM, stop everything.
 
-    Raises LaunchError, and what reading the base or an adapter raises, after stopping all.
+    Raises LaunchError after stopping all.
     """
     stages = Stages(console)
     with _interruptible(), contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as server:
-        base = _find_base(settings, stages)
-        store = _open_store(settings, base, stages)
-        with stages.stage("Ray"):
-            server.enter_context(_cluster(settings))
+        with preparation(settings) as prepared:
+            with stages.stage("Ray"):
+                server.enter_context(_cluster(settings))
+            with stages.stage("base") as note:
+                base = prepared.base(stages.tell)
+                note(f"{base.name} in {base.path}")
+            with stages.stage("adapters") as note:
+                adapters = prepared.adapters()
+                for line in adapters.notes:
+                    note(line)
         with stages.stage("engine and HTTP"):
             server.enter_context(_application(settings, base))
-        console.print(ready_message(settings, base.name, served_ids(store)), soft_wrap=True)
+        console.print(ready_message(settings, base.name, adapters.ids), soft_wrap=True)
         try:
             threading.Event().wait()
         finally:
@@ -101,35 +95,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _find_base(settings: Settings, stages: Stages) -> NamedBase:
-    with stages.stage("base") as note:
-        path = settings.model or ensure_default_base(progress=stages.tell)
-        info = read_base_info(path)
-        own_name = path.name if settings.model else BASE_NAME
-        name = settings.model_name or own_name
-        note(f"{name} in {path}")
-    return NamedBase(name, info)
-
-
-def _open_store(settings: Settings, base: NamedBase, stages: Stages) -> AdapterStore:
-    with stages.stage("adapters") as note:
-        store = open_store(settings, base.name, base.info)
-        source = preload_directory(settings)
-        if source is not None:
-            preloaded = preload_adapters(store, source)
-            note(f"{len(preloaded.added)} new from {source}")
-            if preloaded.differing:
-                note(f"kept other content of {', '.join(preloaded.differing)}")
-        note(f"{len(served_ids(store))} in {store.root}")
-        try:
-            store.collect_garbage(_GARBAGE_GRACE_SECONDS)
-        except StoreCorruptedError as error:
-            note(f"nothing is cleaned up: {error}")
-    return store
-
-
 @contextlib.contextmanager
 def _cluster(settings: Settings) -> Iterator[None]:
+    """Ray, and Serve's controller on it."""
     if settings.ray_address is None:
         cluster = private_cluster(num_cpus=len(os.sched_getaffinity(0)))
     else:
@@ -137,16 +105,19 @@ def _cluster(settings: Settings) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with _held_signals():
             stack.enter_context(cluster)
+        with collection_paused():
+            from serving.cluster.application import serve_running  # only now: it imports Ray
+        stack.enter_context(serve_running(settings))
         yield
 
 
 @contextlib.contextmanager
-def _application(settings: Settings, base: NamedBase) -> Iterator[None]:
-    from serving.cluster.application import deployed  # only now: it imports Ray, see `cluster`
+def _application(settings: Settings, base: FoundBase) -> Iterator[None]:
+    from serving.cluster.application import deployed
 
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(deployed(settings, base.name, base.info))
+            stack.enter_context(deployed(settings, base.name, base.path))
         except RuntimeError as error:  # what Serve raises for a deployment that fails
             raise LaunchError(f"the server did not come up: {error}") from error
         _wait_until_ready(server_url(settings))

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from serving.cluster.garbage import collection_paused
 from serving.cluster.launch_checks import LaunchError
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; nothing large goes through it
@@ -70,7 +71,8 @@ def existing_cluster(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _connection(**options: object) -> Iterator[None]:
-    import ray  # only now: it reads the variables above when imported
+    with collection_paused():
+        import ray  # only now: it reads the variables above when imported
 
     try:
         try:

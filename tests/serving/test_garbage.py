@@ -1,12 +1,14 @@
-"""What replicas set aside is not looked at again, and what comes later still is collected."""
+"""Nothing is collected while much is loaded; then it is set aside, and later garbage collected."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from serving.cluster.garbage import set_loaded_objects_aside
+from serving.cluster.garbage import collection_paused, set_loaded_objects_aside
 
 
 class Link:
@@ -41,3 +43,40 @@ def test_later_garbage_is_collected() -> None:
     later = weakref.ref(cycle())
     gc.collect()
     assert later() is None
+
+
+def test_no_collection_runs_while_it_is_paused() -> None:
+    with collection_paused():
+        garbage = weakref.ref(cycle())
+        many = [[] for _ in range(100_000)]  # far more than a collection waits for
+        assert garbage() is not None
+    assert gc.isenabled()
+    gc.collect()
+    assert garbage() is None and len(many) == 100_000
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_a_pause_ends_as_it_began_even_by_an_error(was_enabled: bool) -> None:
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        with pytest.raises(ImportError), collection_paused(), collection_paused():
+            raise ImportError
+        assert gc.isenabled() is was_enabled
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "module", ["serving.cluster.engine_deployment", "serving.cluster.ingress_deployment"]
+)
+def test_a_replicas_libraries_are_imported_without_a_collection(module: str) -> None:
+    """A fresh process, as Ray starts one: none of the oldest generation runs during the import."""
+    code = (
+        "import gc; before = gc.get_stats()[2]['collections']\n"
+        f"import {module}\n"
+        "print(gc.get_stats()[2]['collections'] - before, gc.isenabled())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.split()[-2:] == ["0", "True"]
