@@ -1,10 +1,10 @@
 """Which tokens of which sequences the next step computes.
 
 The one owner of a sequence's status, pages and lease. Running sequences come first, in the order
-of their admission; one token each for those that decode, what is left of the token budget for
-prompts (chunked prefill). Then waiting ones are admitted, fair between adapters. Without free
-pages the youngest running sequence gives its pages up and is computed again later, with all its
-tokens. Knows nothing of tensors or of what a token means.
+of their admission: one token each for those that decode, prompts in chunks. Then waiting ones are
+admitted, fair between adapters. Without free pages the youngest running sequence gives its pages
+up and is computed again later, with all its tokens. Knows nothing of tensors or of what a token
+means.
 """
 
 from __future__ import annotations
@@ -96,18 +96,25 @@ class Scheduler:
     # -- running sequences ---------------------------------------------------------------------
 
     def _continue_running(self) -> tuple[list[Chunk], int]:
+        """Chunks of running sequences, and how many more tokens of prompts the step may take.
+
+        Each one that decodes takes a token. Of the rest, prompts get half the limit at most while
+        anyone decodes, who waits for them between two tokens.
+        """
         chunks: list[Chunk] = []
-        budget = self._config.max_num_batched_tokens
-        reserved = sum(seq.num_uncomputed == 1 for seq in self.running)
+        limit = self._config.max_num_batched_tokens
+        num_decoding = sum(seq.num_uncomputed == 1 for seq in self.running)
+        budget = limit - num_decoding
+        if num_decoding:
+            budget = min(budget, max(1, limit // 2))
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
                 continue  # preempted for one before it
-            if seq.num_uncomputed == 1:
-                reserved -= 1
-            num_tokens = min(seq.num_uncomputed, budget - reserved)
+            decodes = seq.num_uncomputed == 1
+            num_tokens = 1 if decodes else min(seq.num_uncomputed, budget)
             if num_tokens > 0 and self._make_room(seq, seq.num_computed + num_tokens):
                 chunks.append(Chunk(seq, seq.num_computed, num_tokens))
-                budget -= num_tokens
+                budget -= 0 if decodes else num_tokens
         return chunks, budget
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> bool:

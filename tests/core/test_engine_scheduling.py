@@ -43,16 +43,36 @@ def test_no_step_exceeds_its_token_budget(budget: int, tiny_path: Path, referenc
 
 
 def test_decodes_go_on_while_a_long_prompt_is_computed(tiny_path: Path) -> None:
-    """Each step brings every running sequence its token; the prompt gets what is left."""
+    """Each step brings every running sequence its token; the prompt gets half the budget."""
     engine = small_engine(tiny_path, max_num_seqs=4, max_num_batched_tokens=8, num_pages=100)
     for n in range(3):
         engine.add(request(f"short{n}", random_prompt(n, 2), greedy(30)))
     engine.step()
     engine.add(request("long", random_prompt(9, 100), greedy(2)))
-    for _ in range(19):
+    for _ in range(24):
         names = {output.request_id for output in engine.step()}
         assert names == {"short0", "short1", "short2"}
-    assert {output.request_id for output in engine.step()} >= {"long"}  # 100 tokens, 5 a step
+    assert {output.request_id for output in engine.step()} >= {"long"}  # 100 tokens, 4 a step
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "budget", "num_decoding", "tokens_of_prompt"),
+    [(4, 8, 0, 8), (4, 8, 1, 4), (8, 8, 6, 2), (2, 3, 1, 1), (2, 2, 1, 1)],
+)
+def test_prompts_take_half_of_a_step_while_others_decode(
+    max_num_seqs: int, budget: int, num_decoding: int, tokens_of_prompt: int, tiny_path: Path
+) -> None:
+    """And what decodes always gets its token, of which so many may be more than half."""
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
+    engine = small_engine(tiny_path, **limits, num_pages=100)
+    for n in range(num_decoding):
+        engine.add(request(f"decoding{n}", random_prompt(n, 1), greedy(30)))
+        engine.step()
+    engine.add(request("prompt", random_prompt(9, 2 * tokens_of_prompt + 1), greedy(2)))
+    names = {f"decoding{n}" for n in range(num_decoding)}
+    for _ in range(2):
+        assert {output.request_id for output in engine.step()} == names
+    assert {output.request_id for output in engine.step()} == names | {"prompt"}
 
 
 # -- preemption --------------------------------------------------------------------------------
