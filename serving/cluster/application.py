@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,7 +104,8 @@ def _engine_resources(settings: Settings) -> dict[str, float]:
     num_gpus = ray.cluster_resources().get("GPU", 0.0) if settings.device != "cpu" else 0.0
     if num_gpus == 0:
         return {"num_cpus": 0}
-    return {"num_cpus": 0, "num_gpus": min(1.0, num_gpus / settings.num_engine_replicas)}
+    num_sharing = math.ceil(settings.num_engine_replicas / num_gpus)  # none lies on two of them
+    return {"num_cpus": 0, "num_gpus": 1 / num_sharing}
 
 
 def _logging(settings: Settings) -> LoggingConfig:
