@@ -37,7 +37,10 @@ _EXTRA_CALLS = 64  # broadcasts and health checks come on top of requests
 
 @contextlib.contextmanager
 def serve_running(settings: Settings) -> Iterator[None]:
-    """Serve's controller on the connected cluster, which keeps one that was there before."""
+    """Start Serve's controller on the connected cluster; one that was there before stays.
+
+    Raises RuntimeError with Serve's words.
+    """
     logging.getLogger("ray.serve").setLevel(settings.log_level.upper())
     status = serve.status()
     was_running = bool(status.proxies or status.applications)

@@ -1,4 +1,4 @@
-"""From settings to a running server, and down again: base, adapters, Ray, deployments, ready.
+"""From settings to a running server, and down again: Ray, base, adapters, deployments, ready.
 
 Whatever was started is stopped when the server ends, is interrupted or fails half-way. Knows
 nothing of routes or of tensors.
@@ -107,7 +107,10 @@ def _cluster(settings: Settings) -> Iterator[None]:
             stack.enter_context(cluster)
         with collection_paused():
             from serving.cluster.application import serve_running  # only now: it imports Ray
-        stack.enter_context(serve_running(settings))
+        try:
+            stack.enter_context(serve_running(settings))
+        except RuntimeError as error:
+            raise LaunchError(f"Ray Serve did not start: {error}") from error
         yield
 
 
