@@ -7,6 +7,7 @@
 #include "common.h"
 #include "kernels.h"
 #include "panel_forms.h"
+#include "shares.h"
 #include "tiles.h"
 
 #include <omp.h>
@@ -371,6 +372,8 @@ int argmax_rows(const head_t *head, const float *x, int64_t rows, int64_t *token
     char *room = malloc(divide(NULL, &rounded, &panels, &bests, num_threads) - (char *)NULL);
     if (!room) return 1;
     divide(room, &rounded, &panels, &bests, num_threads);
+    share_t shares[num_threads];
+    share_out(shares, (out + TILE_WIDTH - 1) / TILE_WIDTH, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -382,9 +385,9 @@ int argmax_rows(const head_t *head, const float *x, int64_t rows, int64_t *token
         choose_again(&rounded);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) finish_row(x + r * in, r, &rounded);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < (out + TILE_WIDTH - 1) / TILE_WIDTH; i++)
+        for (int64_t i, direction; (i = next_item(shares, num_threads, &direction)) >= 0;)
             take_all_rows(head, i, &rounded, own);
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (int64_t r = 0; r < rows; r++)
             tokens[r] = decide(head, x + r * in, bests, r, rows, threads,

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "shares.h"
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -202,8 +203,10 @@ int multiply_int8(const matrix_t *w, const float *x, float *y, int64_t rows, int
     q.lines = (int8_t *)(q.offset + places);
 #pragma omp parallel for schedule(static) num_threads(rows *in < MIN_PARALLEL ? 1 : num_threads)
     for (int64_t t = 0; t < rows; t++) quantise_row(x + t * in, in, t, (int)terms, &q);
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t i = 0; i < count; i++) {
+    share_t shares[num_threads];
+    share_out(shares, count, num_threads);
+#pragma omp parallel num_threads(num_threads)
+    for (int64_t i, direction; (i = next_item(shares, num_threads, &direction)) >= 0;) {
         const uint8_t *panel = (const uint8_t *)w->panels + i * WIDTH * blocks * BLOCK;
         const uint16_t *scale = (const uint16_t *)w->scales + i * WIDTH * blocks;
         float *to = y + i * WIDTH;

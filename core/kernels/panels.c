@@ -3,6 +3,7 @@
 #include "digits.h"
 #include "low_rank.h"
 #include "packed.h"
+#include "shares.h"
 #include "tiles.h"
 
 #include <omp.h>
@@ -110,7 +111,8 @@ typedef struct {
     const float *x;
     const increments_t *incs;
     const low_rank_t *adds;
-    int64_t rows, passes, halves, lots, lines, distance, panel_words, panel_room;
+    int64_t rows, passes, halves, lots, lines, direction, panel_words, panel_room;
+    int is_kept; /* a panel, widened or unpacked */
     float *widened;
     int in_digits;
     digits_t digits;
@@ -169,12 +171,10 @@ static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
     sweep_t s = {w, x, incs, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
     s.halves = w->half < w->out ? 2 : 1;
     s.panel_words = words_of_panel(w->in, w->form);
-    /* Whether a panel is kept, widened or unpacked. */
-    int is_kept = room ? !is_one_tile(rows) : widens(w->form, rows);
-    s.distance = passes > 1 || is_kept ? s.panel_words * s.halves : TILE_WIDTH * FEATURES_AHEAD;
+    s.is_kept = room ? !is_one_tile(rows) : widens(w->form, rows);
     s.lines = passes ? (s.panel_words / LINE + s.lots * passes - 1) / (s.lots * passes) : 0;
-    s.panel_room = room ? (is_kept ? w->in / BLOCK + 1 : 2) * UNPACKED_WORDS : TILE_WIDTH * w->in;
-    if (room || is_kept) s.widened = room_of_thread(s.halves * s.panel_room);
+    s.panel_room = room ? (s.is_kept ? w->in / BLOCK + 1 : 2) * UNPACKED_WORDS : TILE_WIDTH * w->in;
+    if (room || s.is_kept) s.widened = room_of_thread(s.halves * s.panel_room);
     if (room) s.digits = split_rows(x, rows, w->in, room);
     s.in_digits = room && s.widened;
     s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
@@ -200,10 +200,13 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
     int64_t in = s->w->in, lots = s->lots, r = row_of_pass(s, pass), rows = rows_of_tile(s, r);
     int64_t room = lots * FACTOR_LINES * LINE; /* floats of factors that a pass can fetch */
     const float *at = (const float *)s->w->panels + panel * s->panel_words;
-    const float *next = at + s->distance + pass * lots * s->lines * LINE;
+    /* The thread's next panel, or what comes next of this one. */
+    int64_t distance = s->passes > 1 || s->is_kept ? s->direction * s->panel_words * s->halves
+                                                   : TILE_WIDTH * FEATURES_AHEAD;
+    int64_t fetched = pass * lots * s->lines * LINE;
     columns_t columns = columns_of(panel, s->w->half, s->w->out);
-    int is_needed = next < at + s->distance + s->panel_words;
-    ahead_t panels = {next, is_needed ? s->lines : 0}, factors = NOTHING;
+    ahead_t panels = {at + distance + fetched, fetched < s->panel_words ? s->lines : 0};
+    ahead_t factors = NOTHING;
     if (s->floats_left && s->passes_left-- * room < s->floats_left + 2 * room) {
         int64_t floats = next_coming(&s->coming, room, &factors.at);
         factors.lines = (floats + lots * LINE - 1) / (lots * LINE);
@@ -245,11 +248,12 @@ void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
                      const increments_t *incs, const low_rank_t *adds, int num_threads) {
     int64_t in = w->in, out = w->out;
     float *room = room_for_digits(w, rows, num_threads);
+    share_t shares[num_threads];
+    share_out(shares, num_panels(w->half, out), num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
         sweep_t sweep = begin_sweep(w, x, rows, incs, adds, room);
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < num_panels(w->half, out); i++)
+        for (int64_t i; (i = next_item(shares, num_threads, &sweep.direction)) >= 0;)
             for (int64_t p = 0; p < sweep.passes; p++)
                 pass_over(&sweep, i, p,
                           y + row_of_pass(&sweep, p) * out + columns_of(i, w->half, out).start, out);
@@ -268,12 +272,13 @@ void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float
                            const increments_t *incs, const low_rank_t *adds, int num_threads) {
     int64_t in = w->in, out = w->out, half = w->half, first = panels_for(half);
     float *room = room_for_digits(w, rows, num_threads);
+    share_t shares[num_threads];
+    share_out(shares, first, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
         sweep_t sweep = begin_sweep(w, x, rows, incs, adds, room);
         float gate[TILE_ROWS * TILE_WIDTH], up[TILE_ROWS * TILE_WIDTH];
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < first; i++) {
+        for (int64_t i; (i = next_item(shares, num_threads, &sweep.direction)) >= 0;) {
             columns_t columns = columns_of(2 * i, half, out);
             for (int64_t p = 0; p < sweep.passes; p++) {
                 int64_t r = row_of_pass(&sweep, p), tile = rows_of_tile(&sweep, r);

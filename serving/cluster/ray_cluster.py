@@ -26,6 +26,7 @@ _SERVE_VARIABLES = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # ten times a second, its default, takes 2 % of a core that engines wait for; 0.7 s of a start
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
 }
 _PRIVATE_VARIABLES = {
     "RAY_AUTH_MODE": "token",
@@ -33,6 +34,11 @@ _PRIVATE_VARIABLES = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 lets all others on the machine go first
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite its name: the node's address is 127.0.0.1
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's own metrics and events, which nobody can see here
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
 
 
@@ -56,9 +62,20 @@ def private_cluster(num_cpus: int) -> Iterator[None]:
             object_store_memory=_OBJECT_STORE_BYTES,
             _temp_dir=str(directory / "ray"),  # Ray lets everyone into this one, not its parent
         ):
+            _end_needless_processes()
             yield
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_needless_processes() -> None:
+    """Ray starts readers of logs, an autoscaler and half a dashboard whatever it is told."""
+    from ray._private import worker
+
+    node = worker._global_node
+    for end in ("kill_log_monitor", "kill_monitor", "kill_dashboard"):
+        with contextlib.suppress(Exception):  # not Ray's public interface: without it they go on
+            getattr(node, end)(check_alive=False)
 
 
 @contextlib.contextmanager

@@ -156,6 +156,14 @@ def test_a_port_in_use_is_told_before_the_slow_start(
     assert "✓" not in second.output
 
 
+def test_no_process_runs_for_nobody(server: ServerProcess) -> None:
+    """What Ray starts whatever it is told, and takes cores from the engines that wait for them."""
+    titles = list(server.processes().values())
+    assert any("ServeController" in title for title in titles)
+    needless = ("log_monitor.py", "monitor.py", "dashboard.py")
+    assert not [title for title in titles if any(name in title for name in needless)]
+
+
 def test_nothing_unpickles_for_strangers(server: ServerProcess) -> None:
     """Serve's replicas listen for Ray's own calls on all addresses; they want the token."""
     for port in server.ports_open_to_others():
