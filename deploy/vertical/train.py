@@ -64,6 +64,14 @@ def vertical_config(recipe: Recipe, rank: int) -> VerticalConfig:
     return VerticalConfig(recipe.chunk_sizes, rank, alpha, "recursive")
 
 
+def name_of(rank: int | None, recipe: Recipe) -> str:
+    """What results call a model."""
+    if rank is None:
+        return "full"
+    scaled = "" if recipe.alpha is None else f", alpha {recipe.alpha:g}"
+    return f"vertical, rank {rank}{scaled}"
+
+
 def new_model(recipe: Recipe, rank: int | None) -> LlamaForCausalLM:
     """A random Llama, vertical unless `rank` is None."""
     torch.manual_seed(recipe.seed)
@@ -165,6 +173,9 @@ def main(arguments: Sequence[str] | None = None, recipe: Recipe = Recipe()) -> N
     parser.add_argument("--no-full", action="store_true", help="leave the full model out")
     parser.add_argument("--steps", type=int, default=recipe.num_steps)
     parser.add_argument("--alpha", type=float, help="increments count alpha / rank times")
+    parser.add_argument(
+        "--add", type=Path, nargs="*", default=[], help="results.json of other runs, drawn beside"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="for results.json and curves.png")
     parser.add_argument("--save", type=int, metavar="RANK", help="write this rank's checkpoint too")
     options = parser.parse_args(arguments)
@@ -176,8 +187,10 @@ def main(arguments: Sequence[str] | None = None, recipe: Recipe = Recipe()) -> N
         "torch": torch.__version__,
         "models": {},
     }
+    for path in options.add:
+        results["models"] |= json.loads(path.read_text())["models"]
     for rank in [*([] if options.no_full else [None]), *options.ranks]:
-        name = "full" if rank is None else f"vertical, rank {rank}"
+        name = name_of(rank, recipe)
         model = new_model(recipe, rank)
         curve = train(model, recipe, name)
         results["models"][name] = {"parameters": num_parameters(model), "curve": curve}

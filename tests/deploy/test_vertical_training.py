@@ -169,3 +169,16 @@ def test_the_command_writes_results_curves_and_a_checkpoint(tmp_path: Path) -> N
     llm = LLM(tmp_path / "model", EngineConfig(device="cpu", dtype="float32"))
     done = llm.generate(["The "], SamplingParams(temperature=0, max_tokens=5))
     assert len(done[0].token_ids) > 0
+
+
+def test_a_scaled_run_stands_beside_others(tmp_path: Path) -> None:
+    small = ["--no-full", "--steps", "2"]
+    training.main([*small, "--ranks", "2", "--out", str(tmp_path / "plain")], SMALL)
+    plain = json.loads((tmp_path / "plain" / "results.json").read_text())["models"]
+    add = ["--add", str(tmp_path / "plain" / "results.json")]
+    training.main([*small, "--ranks", "2", "--alpha", "0.5", *add, "--out", str(tmp_path)], SMALL)
+    both = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert list(both) == ["vertical, rank 2", "vertical, rank 2, alpha 0.5"]
+    assert both["vertical, rank 2"] == plain["vertical, rank 2"]
+    last = [model["curve"][-1]["held_out"] for model in both.values()]
+    assert last[0] != last[1]
