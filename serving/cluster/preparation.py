@@ -100,13 +100,16 @@ def _run(settings: Settings, inbox: Connection, outbox: Connection) -> None:
     inbox.close()
     with collection_paused():
         from serving.stores import OFFLINE_ERRORS
+    last: FoundAdapters | LaunchError
     try:
-        _prepare(settings, outbox.send)
+        last = _prepare(settings, outbox.send)
     except OFFLINE_ERRORS as error:
-        outbox.send(LaunchError(str(error)))
+        last = LaunchError(str(error))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends by itself now
+    outbox.send(last)
 
 
-def _prepare(settings: Settings, send: Callable[[str | FoundBase | FoundAdapters], None]) -> None:
+def _prepare(settings: Settings, send: Callable[[str | FoundBase], None]) -> FoundAdapters:
     from adapters.errors import StoreCorruptedError
     from core.model_config import read_base_info
     from serving.default_base import BASE_NAME, ensure_default_base
@@ -130,4 +133,4 @@ def _prepare(settings: Settings, send: Callable[[str | FoundBase | FoundAdapters
         store.collect_garbage(_GARBAGE_GRACE_SECONDS)
     except StoreCorruptedError as error:
         notes.append(f"nothing is cleaned up: {error}")
-    send(FoundAdapters(ids, notes))
+    return FoundAdapters(ids, notes)

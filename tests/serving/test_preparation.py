@@ -105,3 +105,32 @@ def test_an_interrupt_of_all_is_the_launchers_alone(settings: dict[str, object])
 
 def test_a_launcher_that_gives_up_leaves_no_child(settings: dict[str, object]) -> None:
     assert launch(settings, ask=False) == {}
+
+
+CHILD = """
+import json, multiprocessing, signal, sys
+from serving.cluster.preparation import _run
+from serving.settings import load_settings
+
+class Outbox:
+    def send(self, message):
+        ignores = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        print(type(message).__name__, ignores)
+
+_run(load_settings(json.loads(sys.argv[1]), None), multiprocessing.Pipe()[0], Outbox())
+"""
+
+
+def test_a_child_that_has_said_all_ends_by_itself(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    """The launcher asks it to, and what it ends with would be disturbed and told."""
+
+    def said(options: dict[str, object]) -> list[str]:
+        text = json.dumps({name: str(value) for name, value in options.items()})
+        command = [sys.executable, "-c", CHILD, text]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout.splitlines()
+
+    assert said(settings) == ["FoundBase False", "FoundAdapters True"]
+    assert said(settings | {"model": tmp_path}) == ["LaunchError True"]
