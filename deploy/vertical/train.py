@@ -198,9 +198,14 @@ def main(arguments: Sequence[str] | None = None, recipe: Recipe = Recipe()) -> N
             folder = options.out / "model"
             save_vertical(model, vertical_config(recipe, rank), folder, torch.float16)
             save_tokenizer(folder)
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        _write(results, options.out)
+    _write(results, options.out)
     draw(results, options.out / "curves.png")
+
+
+def _write(results: dict[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

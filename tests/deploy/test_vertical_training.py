@@ -182,3 +182,6 @@ def test_a_scaled_run_stands_beside_others(tmp_path: Path) -> None:
     assert both["vertical, rank 2"] == plain["vertical, rank 2"]
     last = [model["curve"][-1]["held_out"] for model in both.values()]
     assert last[0] != last[1]
+    again = ["--no-full", "--ranks", "--add", str(tmp_path / "results.json")]  # trains nothing
+    training.main([*again, "--out", str(tmp_path / "again")], SMALL)
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["models"] == both
