@@ -41,6 +41,8 @@ def run(task: Task, variant: Variant, base: Path, num_steps: int, seed: int) -> 
     that it shares.
     """
     begun = time.monotonic()
+    if isinstance(variant, VBLoRA):
+        num_steps *= variant.times
     model, losses = _trained(task, variant, base, num_steps, seed)
     trained = time.monotonic() - begun
     judged = distinct_examples(task, "heldout", HELDOUT_COUNT, HELDOUT_SEED)

@@ -17,11 +17,13 @@ NOISES = (0.01, 0.1)
 @dataclass(frozen=True)
 class VBLoRA:
     """`noise` is added to the logits before the top k are chosen, while it trains. Where another
-    task `lends` its bank, that of its demo adapter, the bank stays as it is."""
+    task `lends` its bank, that of its demo adapter, the bank stays as it is. It is trained for
+    `times` as many steps as the others."""
 
     recipe: Recipe = USUAL
     noise: float = 0.0
     lends: bool = False
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,13 @@ ABLATIONS = {
         },
     ),
     "shared": Ablation(
-        "whose bank", {"its own": VBLoRA(), "another task's, frozen": VBLoRA(lends=True)}
+        "whose bank",
+        {
+            "its own": VBLoRA(),
+            "another task's, frozen": VBLoRA(lends=True),
+            "its own, three times as long": VBLoRA(times=3),
+            "another task's, frozen, three times as long": VBLoRA(lends=True, times=3),
+        },
     ),
 }
 
@@ -113,7 +121,8 @@ def name_of(variant: Variant) -> str:
     recipe = variant.recipe
     name = f"vblora-k{recipe.topk}-h{recipe.num_vectors}-b{recipe.vector_length}"
     noise = f"-noise{variant.noise:g}" if variant.noise else ""
-    return name + noise + ("-shared" if variant.lends else "")
+    times = f"-x{variant.times}" if variant.times > 1 else ""
+    return name + noise + ("-shared" if variant.lends else "") + times
 
 
 def all_variants() -> Iterator[tuple[str, Variant]]:

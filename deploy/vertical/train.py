@@ -35,7 +35,8 @@ HERE = Path(__file__).parent
 class Recipe:
     """Sizes of the model and of its training; the same for all ranks.
 
-    alpha   increments count alpha / rank times; None: once, as in the paper
+    alpha              increments count alpha / rank times; None: once, as in the paper
+    num_train_bytes    so many of the training text, from its beginning; None: all of it
     """
 
     hidden_size: int = 128
@@ -51,6 +52,7 @@ class Recipe:
     eval_every: int = 50
     seed: int = 0
     alpha: float | None = None
+    num_train_bytes: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -66,10 +68,11 @@ def vertical_config(recipe: Recipe, rank: int) -> VerticalConfig:
 
 def name_of(rank: int | None, recipe: Recipe) -> str:
     """What results call a model."""
+    seeded = f", seed {recipe.seed}" if recipe.seed else ""
     if rank is None:
-        return "full"
+        return f"full{seeded}"
     scaled = "" if recipe.alpha is None else f", alpha {recipe.alpha:g}"
-    return f"vertical, rank {rank}{scaled}"
+    return f"vertical, rank {rank}{scaled}{seeded}"
 
 
 def new_model(recipe: Recipe, rank: int | None) -> LlamaForCausalLM:
@@ -101,7 +104,8 @@ def train(model: LlamaForCausalLM, recipe: Recipe, name: str) -> list[dict[str, 
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
     held_out = all_windows(token_ids(held_out=True), recipe.window)
-    seen = batches(token_ids(held_out=False), recipe.batch_size, recipe.window, recipe.seed)
+    text = token_ids(held_out=False)[: recipe.num_train_bytes]
+    seen = batches(text, recipe.batch_size, recipe.window, recipe.seed)
     curve: list[dict[str, float]] = []
     losses: list[float] = []
     begun = time.monotonic()
@@ -173,6 +177,8 @@ def main(arguments: Sequence[str] | None = None, recipe: Recipe = Recipe()) -> N
     parser.add_argument("--no-full", action="store_true", help="leave the full model out")
     parser.add_argument("--steps", type=int, default=recipe.num_steps)
     parser.add_argument("--alpha", type=float, help="increments count alpha / rank times")
+    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument("--bytes", type=int, help="train on so many of the text, all by default")
     parser.add_argument(
         "--add", type=Path, nargs="*", default=[], help="results.json of other runs, drawn beside"
     )
@@ -180,7 +186,14 @@ def main(arguments: Sequence[str] | None = None, recipe: Recipe = Recipe()) -> N
     parser.add_argument("--save", type=int, metavar="RANK", help="write this rank's checkpoint too")
     options = parser.parse_args(arguments)
     eval_every = min(recipe.eval_every, options.steps)
-    recipe = replace(recipe, num_steps=options.steps, eval_every=eval_every, alpha=options.alpha)
+    recipe = replace(
+        recipe,
+        num_steps=options.steps,
+        eval_every=eval_every,
+        alpha=options.alpha,
+        num_train_bytes=options.bytes,
+        seed=options.seed,
+    )
     results: dict[str, Any] = {
         "recipe": asdict(recipe),
         "python": platform.python_version(),

@@ -141,6 +141,11 @@ def test_the_committed_page_is_of_the_committed_runs(tmp_path: Path) -> None:
         assert task in TASKS and set(by_name) <= set(known)
 
 
+def test_a_run_may_be_longer_than_the_others(base: Path) -> None:
+    result = runs.run(task_named("classify"), VBLoRA(lends=True, times=3), base, 2, seed=0)
+    assert result["num_steps"] == 6 and [point[0] for point in result["curve"]][-1] == 6
+
+
 def test_seeds_and_steps_are_the_recipes(base: Path) -> None:
     loop = runs._loop(task_named("formal"), VBLoRA(replace(USUAL, topk=3)), base, 7, 5)
     assert (loop.recipe.num_steps, loop.recipe.seed, loop.recipe.topk) == (7, 5, 3)  # type: ignore[attr-defined]

@@ -185,3 +185,14 @@ def test_a_scaled_run_stands_beside_others(tmp_path: Path) -> None:
     again = ["--no-full", "--ranks", "--add", str(tmp_path / "results.json")]  # trains nothing
     training.main([*again, "--out", str(tmp_path / "again")], SMALL)
     assert json.loads((tmp_path / "again" / "results.json").read_text())["models"] == both
+
+
+def test_less_text_and_another_seed(tmp_path: Path) -> None:
+    """34 bytes are one window, which is learnt by heart; seeds are told apart."""
+    small = ["--ranks", "2", "--out", str(tmp_path)]
+    training.main([*small, "--bytes", "34", "--seed", "3"], SMALL)
+    models = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert list(models) == ["full, seed 3", "vertical, rank 2, seed 3"]
+    for model in models.values():
+        end = model["curve"][-1]
+        assert end["train"] < end["held_out"] - 0.5
