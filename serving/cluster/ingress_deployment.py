@@ -57,6 +57,7 @@ class IngressReplica:
             access=access(settings),
             metrics=self._http_metrics,
             replica_name=self._name,
+            quantize=settings.quantize,
         )
         self._http = HttpServer(
             build_app(services),

@@ -21,7 +21,7 @@ _LOWEST_LOGPROB = -9999.0  # JSON has no minus infinity
 class Identity:
     """What every chunk of one answer says of itself.
 
-    `fingerprint` begins like the digest of the content that answers, whatever its name is now.
+    `fingerprint` is of the content that answers, whatever its name is now.
     """
 
     id: str
@@ -30,9 +30,9 @@ class Identity:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @staticmethod
-    def new(prefix: str, model: str, digest: str) -> Identity:
-        """An answer of `model`, whose content is `digest`, under a new id."""
-        return Identity(f"{prefix}-{uuid.uuid4().hex}", model, digest[:16])
+    def new(prefix: str, model: str, fingerprint: str) -> Identity:
+        """An answer of `model` under a new id."""
+        return Identity(f"{prefix}-{uuid.uuid4().hex}", model, fingerprint)
 
     def fields(self) -> dict[str, Any]:
         """The fields of this kind that every response has."""

@@ -13,7 +13,11 @@ OWNER = "vbserve"
 
 
 class ResolvedModel(NamedTuple):
-    """A name's content, pinned for one request. `adapter_digest` None is the base itself."""
+    """A name's content, pinned for one request. `adapter_digest` None is the base itself.
+
+    `fingerprint` begins like the content's digest; a base that is not computed as it is stored
+    says how behind it.
+    """
 
     name: str
     adapter_digest: str | None
@@ -23,9 +27,13 @@ class ResolvedModel(NamedTuple):
 def resolve_model(services: Services, name: str) -> ResolvedModel:
     """Raises UnknownAdapterError for whatever is neither the base nor an adapter of it."""
     if name == services.base_name:
-        return ResolvedModel(name, None, services.base.fingerprint)
+        return ResolvedModel(name, None, _shown(services, services.base.fingerprint))
     record = resolve_adapter(services, name)
-    return ResolvedModel(name, record.digest, record.digest)
+    return ResolvedModel(name, record.digest, _shown(services, record.digest))
+
+
+def _shown(services: Services, digest: str) -> str:
+    return digest[:16] + (f"-{services.quantize}" if services.quantize != "none" else "")
 
 
 def resolve_adapter(services: Services, name: str) -> AdapterRecord:

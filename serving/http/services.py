@@ -46,6 +46,7 @@ class Services:
     max_model_len  tokens that one sequence may have in the engines, prompt and output together:
                    the engine's own `max_model_len`, which a small KV cache makes smaller
     metrics        this process's own page joins those of the engines, as replica `replica_name`
+    quantize       how the engines have rounded the base, which answers' fingerprints tell
     """
 
     base_name: str
@@ -57,3 +58,4 @@ class Services:
     access: Access = field(default_factory=Access)
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
     replica_name: str = "ingress"
+    quantize: str = "none"

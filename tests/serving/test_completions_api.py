@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from fake_engine import FakeEngine
-from http_client import BASE, REPLY
+from http_client import BASE, REPLY, client_of
 
 from core.requests import SamplingParams
 
@@ -106,7 +107,14 @@ async def test_an_adapters_digest_is_pinned_at_admission(client, engine, store):
     digest = store.resolve("team/one").digest
     assert engine.requests[0].adapter_digest == digest
     assert answer["model"] == "team/one"
-    assert digest.startswith(answer["system_fingerprint"])
+    assert answer["system_fingerprint"] == digest[:16]
+
+
+async def test_a_rounded_base_has_a_fingerprint_of_its_own(services, tiny_base, store):
+    async with client_of(replace(services, quantize="int8")) as client:
+        base, adapter = await complete(client), await complete(client, model="team/one")
+    assert base["system_fingerprint"] == f"{tiny_base.fingerprint[:16]}-int8"
+    assert adapter["system_fingerprint"] == f"{store.resolve('team/one').digest[:16]}-int8"
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
