@@ -28,7 +28,7 @@ class EngineConfig:
     max_model_len            None: the model's own
     max_num_seqs             sequences that run at once
     max_num_batched_tokens   tokens of one step, prompt chunks and decodes together; chunks take
-                             half of them at most while any sequence decodes
+                             a quarter of them at most while any sequence decodes
     max_waiting              queued requests in all, then EngineOverloadedError
     max_waiting_per_adapter  queued requests of one adapter (the base counts as one)
     enable_prefix_caching    reuse pages of equal prompts under the same digest

@@ -19,6 +19,8 @@ from core.kv_cache import KVPool, first_hash, page_hash
 from core.sequence import Chunk, Sequence, Status
 from core.waiting_queue import Digest, WaitingQueue
 
+_PROMPTS_BESIDE_DECODES = 4  # they take this part of a step
+
 
 class Scheduler:
     """Not thread-safe: the engine's thread alone calls it."""
@@ -98,15 +100,16 @@ class Scheduler:
     def _continue_running(self) -> tuple[list[Chunk], int]:
         """Chunks of running sequences, and how many more tokens of prompts the step may take.
 
-        Each one that decodes takes a token. Of the rest, prompts get half the limit at most while
-        anyone decodes, who waits for them between two tokens.
+        Each one that decodes takes a token. Of the rest, prompts get a quarter of the limit at
+        most while anyone decodes, who waits for them between two tokens; and so does what comes
+        meanwhile before its own prompt begins.
         """
         chunks: list[Chunk] = []
         limit = self._config.max_num_batched_tokens
         num_decoding = sum(seq.num_uncomputed == 1 for seq in self.running)
         budget = limit - num_decoding
         if num_decoding:
-            budget = min(budget, max(1, limit // 2))
+            budget = min(budget, max(1, limit // _PROMPTS_BESIDE_DECODES))
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
                 continue  # preempted for one before it

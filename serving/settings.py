@@ -135,7 +135,7 @@ class Settings(BaseSettings):
     )
     max_num_seqs: Count = Field(64, description="Sequences in one batch.")
     max_num_batched_tokens: Count = Field(
-        512, description="Tokens of one step; half for prompts while others wait for tokens."
+        512, description="Tokens of one step; a quarter for prompts while others wait for tokens."
     )
     max_waiting: Count = Field(1024, description="Queued requests, then 429.")
     max_waiting_per_adapter: Count = Field(256, description="Queued requests of one adapter.")
