@@ -189,10 +189,10 @@ def test_a_scaled_run_stands_beside_others(tmp_path: Path) -> None:
 
 def test_less_text_and_another_seed(tmp_path: Path) -> None:
     """34 bytes are one window, which is learnt by heart; seeds are told apart."""
-    small = ["--ranks", "2", "--out", str(tmp_path)]
-    training.main([*small, "--bytes", "34", "--seed", "3"], SMALL)
-    models = json.loads((tmp_path / "results.json").read_text())["models"]
-    assert list(models) == ["full, seed 3", "vertical, rank 2, seed 3"]
-    for model in models.values():
-        end = model["curve"][-1]
-        assert end["train"] < end["held_out"] - 0.5
+    training.main(["--ranks", "--bytes", "34", "--seed", "3", "--out", str(tmp_path)], SMALL)
+    (named,) = json.loads((tmp_path / "results.json").read_text())["models"].items()
+    assert named[0] == "full, seed 3"
+    end = named[1]["curve"][-1]
+    assert end["train"] < end["held_out"] - 0.5
+    scaled = replace(SMALL, alpha=1.0, seed=3)
+    assert training.name_of(2, scaled) == "vertical, rank 2, alpha 1, seed 3"
