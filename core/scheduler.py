@@ -19,7 +19,7 @@ from core.kv_cache import KVPool, first_hash, page_hash
 from core.sequence import Chunk, Sequence, Status
 from core.waiting_queue import Digest, WaitingQueue
 
-_PROMPTS_BESIDE_DECODES = 4  # they take this part of a step
+_PROMPTS_BESIDE_DECODES = 4  # of a step's limit they get one part in so many
 
 
 class Scheduler:
