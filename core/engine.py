@@ -57,7 +57,13 @@ class Engine:
             model.config, self._pool.num_pages, config.page_size, model.device, model.dtype
         )
         limit = model.config.max_model_len if model.rotary.depends_on_length else None
-        self.scheduler = Scheduler(config, self._pool, factor_source, max_reusable_prompt=limit)
+        self.scheduler = Scheduler(
+            config,
+            self._pool,
+            factor_source,
+            tokens_per_step=config.tokens_per_step(model.device.type),
+            max_reusable_prompt=limit,
+        )
         self._sequences: dict[str, Sequence] = {}
         self.num_steps = 0
         self.num_threads = torch.get_num_threads()  # of CPU threads; `load_engine` has set it

@@ -12,6 +12,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["none", "int8", "int8-weights"]
 Vertical = Literal["factored", "expanded"]
 
+_CPU_BATCHED_TOKENS = 512
+_CUDA_BATCHED_TOKENS = 2048
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -28,7 +31,8 @@ class EngineConfig:
     max_model_len            None: the model's own
     max_num_seqs             sequences that run at once
     max_num_batched_tokens   tokens of one step, prompt chunks and decodes together; chunks take
-                             a quarter of them at most while any sequence decodes
+                             a quarter of them at most while any sequence decodes. None: 2,048 on
+                             cuda, 512 on the CPU, and no fewer than max_num_seqs
     max_waiting              queued requests in all, then EngineOverloadedError
     max_waiting_per_adapter  queued requests of one adapter (the base counts as one)
     enable_prefix_caching    reuse pages of equal prompts under the same digest
@@ -44,7 +48,7 @@ class EngineConfig:
     page_size: int = 16
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     max_waiting: int = 1024
     max_waiting_per_adapter: int = 256
     enable_prefix_caching: bool = True
@@ -64,9 +68,17 @@ class EngineConfig:
                 raise InvalidRequestError(
                     f"{field.name} is {value}, must be at least 1", param=field.name
                 )
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        limit = self.max_num_batched_tokens
+        if limit is not None and limit < self.max_num_seqs:
             raise InvalidRequestError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}, must be at least "
+                f"max_num_batched_tokens is {limit}, must be at least "
                 f"max_num_seqs ({self.max_num_seqs}): each running sequence takes a token a step",
                 param="max_num_batched_tokens",
             )
+
+    def tokens_per_step(self, device_type: str) -> int:
+        """`max_num_batched_tokens`, or its default on a device of this type ("cuda" or "cpu")."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        default = _CUDA_BATCHED_TOKENS if device_type == "cuda" else _CPU_BATCHED_TOKENS
+        return max(default, self.max_num_seqs)

@@ -31,11 +31,16 @@ class Scheduler:
         pool: KVPool,
         factor_source: FactorSource | None,
         *,
+        tokens_per_step: int,
         max_reusable_prompt: int | None = None,
     ) -> None:
-        """`max_reusable_prompt`: longer prompts share no pages (see `Rotary.depends_on_length`)."""
+        """What a step may hold, and how long a prompt may be that shares pages.
+
+        tokens_per_step        prompt chunks and decodes together
+        max_reusable_prompt    see `Rotary.depends_on_length`; None: any
+        """
         self._config, self._pool, self._factor_source = config, pool, factor_source
-        self._max_reusable_prompt = max_reusable_prompt
+        self._tokens_per_step, self._max_reusable_prompt = tokens_per_step, max_reusable_prompt
         self.waiting = WaitingQueue(config.max_waiting, config.max_waiting_per_adapter)
         self.running: list[Sequence] = []
         self.failed: list[tuple[Sequence, str]] = []  # to be reported by the engine's next step
@@ -105,7 +110,7 @@ class Scheduler:
         meanwhile before its own prompt begins.
         """
         chunks: list[Chunk] = []
-        limit = self._config.max_num_batched_tokens
+        limit = self._tokens_per_step
         num_decoding = sum(seq.num_uncomputed == 1 for seq in self.running)
         budget = limit - num_decoding
         if num_decoding:

@@ -134,8 +134,10 @@ class Settings(BaseSettings):
         None, description="Longest prompt and completion in tokens. Default: the model's."
     )
     max_num_seqs: Count = Field(64, description="Sequences in one batch.")
-    max_num_batched_tokens: Count = Field(
-        512, description="Tokens of one step; a quarter for prompts while others wait for tokens."
+    max_num_batched_tokens: Count | None = Field(
+        None,
+        description="Tokens of one step; a quarter for prompts while others wait for tokens. "
+        "Default: 512, on cuda 2048.",
     )
     max_waiting: Count = Field(1024, description="Queued requests, then 429.")
     max_waiting_per_adapter: Count = Field(256, description="Queued requests of one adapter.")

@@ -75,6 +75,13 @@ def test_auto_is_bfloat16_on_cuda_with_a_share_of_the_free_memory(
     assert results["a"].finish_reason is FinishReason.LENGTH
 
 
+def test_a_step_holds_more_tokens_than_on_the_cpu(cuda: None, tiny_path: Path) -> None:
+    engine = load_engine(tiny_path, EngineConfig())
+    for n in range(3):
+        engine.add(request(str(n), random_prompt(n, 200), greedy(2)))
+    assert [output.request_id for output in engine.step()] == ["0", "1", "2"]  # on the CPU two
+
+
 def test_a_mixed_batch_stays_on_the_device_and_equals_the_oracle(
     tiny_path: Path, reference, adapters, monkeypatch: pytest.MonkeyPatch
 ) -> None:

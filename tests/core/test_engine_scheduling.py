@@ -21,6 +21,7 @@ from tiny_models import (
 )
 
 from core.engine import Engine
+from core.engine_config import EngineConfig
 from core.errors import EngineOverloadedError
 from core.requests import FinishReason, SamplingParams
 
@@ -40,6 +41,16 @@ def test_no_step_exceeds_its_token_budget(budget: int, tiny_path: Path, referenc
     result = run_all(engine, [request("a", prompt, greedy(6))])["a"]
     assert_same_greedy(result.token_ids, reference_greedy(reference, prompt, 6))
     assert engine.num_steps == -(-20 // budget) + 5
+
+
+def test_the_default_of_a_step_on_the_cpu(tiny_path: Path) -> None:
+    """512 tokens: two prompts of 200 and a part of the third; more where more sequences may run."""
+    engine = small_engine(tiny_path, max_num_batched_tokens=None, num_pages=200)
+    for n in range(3):
+        engine.add(request(str(n), random_prompt(n, 200), greedy(2)))
+    assert [output.request_id for output in engine.step()] == ["0", "1"]
+    config = EngineConfig(max_num_seqs=600)
+    assert config.tokens_per_step("cpu") == 600 and config.tokens_per_step("cuda") == 2048
 
 
 def test_decodes_go_on_while_a_long_prompt_is_computed(tiny_path: Path) -> None:
