@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft_oracle import LlamaOnDisk, TinyLlama, save_lora, save_vblora
-from peft_tokens import peft_greedy
+from peft_tokens import Answer, peft_choices, peft_greedy
 from test_lora_variants import DORA_CASES
 from test_lowered import CASES as LOWERED_CASES
 from test_lowered import save_lowered
@@ -54,14 +54,14 @@ class Case:
     expected: ReferenceGreedy
 
 
-def run_mixed(
+def generate_mixed(
     base: Path,
     directories: dict[str, Path],
-    cases: Sequence[Case],
+    asked: Sequence[tuple[str | None, Sequence[int]]],
     store: Path,
     config: EngineConfig,
-) -> None:
-    """Register all, generate for all cases in one batch, compare with each reference."""
+) -> list[Sequence[int]]:
+    """Register all, then the tokens for all of `asked`, adapters and prompts, in one batch."""
     adapters = AdapterStore.open(store, read_base_info(base))
     digests: dict[str | None, str | None] = {None: None}
     for name, directory in directories.items():
@@ -69,14 +69,28 @@ def run_mixed(
     with closing(FactorCache(adapters.load, budget_bytes=1 << 28)) as cache:
         llm = LLM(base, config, factor_source=cache)
         done = llm.generate(
-            [case.prompt for case in cases],
+            [prompt for _, prompt in asked],
             SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True),
-            adapters=[digests[case.adapter] for case in cases],
+            adapters=[digests[name] for name, _ in asked],
         )
         llm.engine.check_integrity()
         cache.check_integrity()
-    for case, completion in zip(cases, done, strict=True):
-        assert_same_greedy(completion.token_ids, case.expected)
+    return [completion.token_ids for completion in done]
+
+
+def run_mixed(
+    base: Path,
+    directories: dict[str, Path],
+    cases: Sequence[Case],
+    store: Path,
+    config: EngineConfig,
+) -> None:
+    """As `generate_mixed`, compared with each case's reference."""
+    asked = [(case.adapter, case.prompt) for case in cases]
+    for case, tokens in zip(
+        cases, generate_mixed(base, directories, asked, store, config), strict=True
+    ):
+        assert_same_greedy(tokens, case.expected)
 
 
 def references(
@@ -155,5 +169,13 @@ def test_default_base_in_one_batch(default_base: Path, tmp_path: Path) -> None:
         tuple(tokenizer(text).input_ids)
         for text in ("The capital of France is", "def fibonacci(n):\n    ")
     ]
-    cases = references(default_base, directories, prompts)
-    run_mixed(default_base, directories, cases, tmp_path / "store", EngineConfig(max_num_seqs=32))
+    asked = [(name, prompt) for name in (None, *directories) for prompt in prompts]
+    config = EngineConfig(max_num_seqs=32)
+    said = generate_mixed(default_base, directories, asked, tmp_path / "store", config)
+    answers = [
+        Answer(None if name is None else directories[name], prompt, tokens)
+        for (name, prompt), tokens in zip(asked, said, strict=True)
+    ]
+    for answer, chosen in zip(answers, peft_choices(default_base, answers), strict=True):
+        assert len(answer.token_ids) == NUM_TOKENS
+        assert_same_greedy(answer.token_ids, chosen)

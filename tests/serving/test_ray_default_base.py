@@ -13,9 +13,9 @@ import openai
 import pytest
 from deploy_tasks import HELDOUT, RESULTS, is_right
 from peft_oracle import LlamaOnDisk, save_vblora
-from peft_tokens import peft_greedy_of_many
+from peft_tokens import Answer, peft_choices
 from ray_server import ServerProcess, openai_client, started
-from tiny_models import ReferenceGreedy, assert_same_greedy
+from tiny_models import assert_same_greedy
 
 pytestmark = pytest.mark.ray
 
@@ -42,17 +42,6 @@ def prompt_ids(default_base: Path) -> list[int]:
 
     ids: list[int] = AutoTokenizer.from_pretrained(default_base)(PROMPT).input_ids
     return ids
-
-
-@pytest.fixture(scope="module")
-def expected(
-    default_base: Path, directories: dict[str, Path], prompt_ids: list[int]
-) -> dict[str, ReferenceGreedy]:
-    said = peft_greedy_of_many(default_base, directories, prompt_ids, NUM_TOKENS)
-    assert len({reference.token_ids for reference in said.values()}) == len(said), (
-        "they must differ"
-    )
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +92,16 @@ async def tokens_of(client: openai.AsyncOpenAI, model: str, prompt_ids: list[int
     return [token async for part in stream_tokens(client, model, prompt_ids) for token in part]
 
 
+def assert_pefts(
+    base: Path, directories: dict[str, Path], prompt_ids: list[int], said: dict[str, list[int]]
+) -> None:
+    """What adapters said to one prompt is what PEFT says with each."""
+    answers = [Answer(directories[name], prompt_ids, tokens) for name, tokens in said.items()]
+    for answer, chosen in zip(answers, peft_choices(base, answers), strict=True):
+        assert len(answer.token_ids) == NUM_TOKENS
+        assert_same_greedy(answer.token_ids, chosen)
+
+
 def register(server: ServerProcess, name: str, directory: Path) -> Any:
     import httpx
 
@@ -115,8 +114,8 @@ def register(server: ServerProcess, name: str, directory: Path) -> Any:
 async def test_sixteen_streams_are_pefts_while_another_adapter_is_registered(
     client: openai.AsyncOpenAI,
     server: ServerProcess,
+    default_base: Path,
     directories: dict[str, Path],
-    expected: dict[str, ReferenceGreedy],
     prompt_ids: list[int],
 ) -> None:
     names = [name for name in directories if name != "later"]
@@ -126,9 +125,10 @@ async def test_sixteen_streams_are_pefts_while_another_adapter_is_registered(
     assert answer.status_code == 201, answer.text
     record = answer.json()
     assert record["id"] == "later" and record["kind"] == "vblora" and record["num_modules"] == 210
-    assert_same_greedy(await tokens_of(client, "later", prompt_ids), expected["later"])
-    for name, tokens in zip(names, await asyncio.gather(*streams), strict=True):
-        assert_same_greedy(tokens, expected[name])
+    said = {"later": await tokens_of(client, "later", prompt_ids)}
+    said |= zip(names, await asyncio.gather(*streams), strict=True)
+    assert len({tuple(tokens) for tokens in said.values()}) == len(said), "they must differ"
+    assert_pefts(default_base, directories, prompt_ids, said)
 
 
 @pytest.mark.parametrize("task", sorted(RESULTS))
@@ -167,15 +167,15 @@ async def test_a_demo_adapter_reaches_its_table(client: openai.AsyncOpenAI, task
 async def test_after_kill_9_all_that_was_registered_answers(
     server: ServerProcess,
     options: list[str],
+    default_base: Path,
     directories: dict[str, Path],
-    expected: dict[str, ReferenceGreedy],
     prompt_ids: list[int],
 ) -> None:
     """Last of this module: it ends the server that the others use."""
     server.kill_everything()
     with started(*options, "--preload", "none", port=server.port) as again:
         async with openai_client(again) as client:
-            for name in ("later", "r03"):
-                assert_same_greedy(await tokens_of(client, name, prompt_ids), expected[name])
+            said = {name: await tokens_of(client, name, prompt_ids) for name in ("later", "r03")}
             listed = {model.id async for model in client.models.list()}
         assert listed >= {*directories, *RESULTS}
+    assert_pefts(default_base, directories, prompt_ids, said)
