@@ -42,7 +42,7 @@ def run(task: Task, variant: Variant, base: Path, num_steps: int, seed: int) -> 
     """
     begun = time.monotonic()
     if isinstance(variant, VBLoRA):
-        num_steps *= variant.times
+        num_steps, seed = num_steps * variant.times, seed + variant.reseeded
     model, losses = _trained(task, variant, base, num_steps, seed)
     trained = time.monotonic() - begun
     judged = distinct_examples(task, "heldout", HELDOUT_COUNT, HELDOUT_SEED)

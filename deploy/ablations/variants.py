@@ -18,12 +18,13 @@ NOISES = (0.01, 0.1)
 class VBLoRA:
     """`noise` is added to the logits before the top k are chosen, while it trains. Where another
     task `lends` its bank, that of its demo adapter, the bank stays as it is. It is trained for
-    `times` as many steps as the others."""
+    `times` as many steps as the others, with a seed that is `reseeded` above theirs."""
 
     recipe: Recipe = USUAL
     noise: float = 0.0
     lends: bool = False
     times: int = 1
+    reseeded: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ ABLATIONS = {
             "another task's, frozen, three times as long": VBLoRA(lends=True, times=3),
         },
     ),
+    "seed": Ablation("seed", {f"seed {n}": VBLoRA(reseeded=n) for n in range(3)}),
 }
 
 LENDER = {
@@ -122,7 +124,8 @@ def name_of(variant: Variant) -> str:
     name = f"vblora-k{recipe.topk}-h{recipe.num_vectors}-b{recipe.vector_length}"
     noise = f"-noise{variant.noise:g}" if variant.noise else ""
     times = f"-x{variant.times}" if variant.times > 1 else ""
-    return name + noise + ("-shared" if variant.lends else "") + times
+    seed = f"-seed{variant.reseeded}" if variant.reseeded else ""
+    return name + noise + ("-shared" if variant.lends else "") + times + seed
 
 
 def all_variants() -> Iterator[tuple[str, Variant]]:

@@ -51,7 +51,8 @@ def test_one_thing_is_varied_at_a_time() -> None:
             if isinstance(variant, VBLoRA):
                 own, usual = variant.recipe, USUAL
                 differing = [f for f in vars(own) if getattr(own, f) != getattr(usual, f)]
-                assert len(differing) + bool(variant.noise) + variant.lends <= 1
+                others = (bool(variant.noise), variant.lends, bool(variant.reseeded))
+                assert len(differing) + sum(others) <= 1
 
 
 def test_names_tell_variants_apart() -> None:
@@ -144,6 +145,13 @@ def test_the_committed_page_is_of_the_committed_runs(tmp_path: Path) -> None:
 def test_a_run_may_be_longer_than_the_others(base: Path) -> None:
     result = runs.run(task_named("classify"), VBLoRA(lends=True, times=3), base, 2, seed=0)
     assert result["num_steps"] == 6 and [point[0] for point in result["curve"]][-1] == 6
+
+
+def test_a_run_may_have_another_seed(base: Path) -> None:
+    plain, other = (
+        runs.run(task_named("classify"), VBLoRA(reseeded=more), base, 1, seed=1) for more in (0, 2)
+    )
+    assert (plain["seed"], other["seed"]) == (1, 3) and plain["curve"] != other["curve"]
 
 
 def test_seeds_and_steps_are_the_recipes(base: Path) -> None:
