@@ -55,6 +55,8 @@ def _table(results: _Results, ablation: Ablation) -> str:
         if some["own_bytes"] != some["bytes"]:
             size += f" ({some['own_bytes']:,})"
         both = f"{_mean(runs, 'accuracy'):.1%} | {_mean(runs, 'held_out_loss'):.4f}"
+        if len(runs) < len(tasks):
+            both = "- | -"  # a mean of other tasks than the other rows'
         lines.append(f"| {label} | {' | '.join(cells)} | {both} | {size} |")
     return "\n".join(lines)
 

@@ -120,6 +120,9 @@ def test_the_command_makes_what_is_missing_and_a_page(
     options = ["--out", str(tmp_path), "--base", str(base), "--steps", "3"]
     command.main([*options, "--tasks", "formal", "--variants", "vblora-k2-h256-b96"])
     assert made == ["vblora-k2-h256-b96"]
+    command.main([*options, "--tasks", "classify", "--variants", "lora-r4-all-0.002"])
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "| LoRA, rank 4, rate 2e-3 | 50.0% | - | - | - |" in page, "a mean of some tasks alone"
     command.main([*options, "--tasks", "formal", "classify"])
     num = len(dict(all_variants()))
     assert len(made) == 2 * num
