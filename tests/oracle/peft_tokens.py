@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft_oracle import without_peft_warnings
-from tiny_models import ReferenceGreedy
+from tiny_models import ReferenceGreedy, assert_same_greedy
 from transformers import AutoModelForCausalLM
 
 
@@ -71,6 +71,12 @@ def peft_choices(base: Path, answers: Sequence[Answer]) -> list[ReferenceGreedy]
             chosen += [_choices(model, answer) for answer in same]
             fresh = model.unload()
     return chosen
+
+
+def assert_pefts(base: Path, answers: Sequence[Answer]) -> None:
+    """Every answer is what PEFT would have said, ties aside."""
+    for answer, chosen in zip(answers, peft_choices(base, answers), strict=True):
+        assert_same_greedy(answer.token_ids, chosen)
 
 
 def _choices(model: torch.nn.Module, answer: Answer) -> ReferenceGreedy:
