@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from peft_oracle import TinyLlama, save_lora, save_vblora
+from store_children import numbered_adapter
 
-from adapters import AdapterStore
+from adapters import AdapterStore, CompactLoRA
 from core.model_config import BaseInfo, read_base_info
 
 
@@ -52,3 +54,15 @@ def lora_dir(llama: TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("lora") / "lora"
     save_lora(llama, path)
     return path
+
+
+@pytest.fixture
+def numbered(base: BaseInfo) -> Callable[[int], CompactLoRA]:
+    """Small adapters by number."""
+    return lambda number: numbered_adapter(number, base)
+
+
+@pytest.fixture
+def vblora(vblora_dirs: list[Path], tmp_path: Path) -> Path:
+    """A copy of a VB-LoRA adapter, to be damaged."""
+    return Path(shutil.copytree(vblora_dirs[0], tmp_path / "vblora"))

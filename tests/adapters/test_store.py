@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from store_children import numbered_adapter
 
 from adapters import (
     AdapterExistsError,
@@ -18,7 +16,6 @@ from adapters import (
     CompactLoRA,
     InvalidAdapterIdError,
     MalformedAdapterError,
-    StoreCorruptedError,
     StoreLimits,
     UnknownAdapterError,
     WrongBaseError,
@@ -29,11 +26,6 @@ from adapters.store_maintenance import Garbage
 from core.model_config import BaseInfo
 
 Numbered = Callable[[int], CompactLoRA]
-
-
-@pytest.fixture
-def numbered(base: BaseInfo) -> Numbered:
-    return lambda number: numbered_adapter(number, base)
 
 
 def test_the_way_of_an_adapter(store: AdapterStore, vblora_dirs: list[Path]) -> None:
@@ -329,83 +321,3 @@ def test_a_collector_that_is_faster_than_the_lock(
     record = store.add_compact("b", numbered(1)).record
     assert store.load(record.digest).digest == record.digest
     assert not list((store.root / "staging").iterdir())
-
-
-# damage
-
-
-def blob(store: AdapterStore, suffix: str) -> Path:
-    (path,) = (store.root / "blobs").glob(f"*.{suffix}.safetensors")
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["adapter", "bank"])
-def test_a_flipped_bit_is_noticed(
-    suffix: str, store: AdapterStore, vblora_dirs: list[Path]
-) -> None:
-    record = store.add("a", vblora_dirs[0]).record
-    path = blob(store, suffix)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(StoreCorruptedError, match="has the content of"):
-        store.load(record.digest)
-    with pytest.raises(StoreCorruptedError, match="has the content of"):
-        store.check_integrity()
-
-
-@pytest.mark.parametrize("suffix", ["adapter", "bank"])
-def test_a_cut_blob_is_noticed(suffix: str, store: AdapterStore, vblora_dirs: list[Path]) -> None:
-    record = store.add("a", vblora_dirs[0]).record
-    path = blob(store, suffix)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(StoreCorruptedError):
-        store.load(record.digest)
-    with pytest.raises(StoreCorruptedError, match="is unreadable"):
-        store.check_integrity()
-
-
-def test_a_missing_blob_is_noticed(store: AdapterStore, vblora_dirs: list[Path]) -> None:
-    record = store.add("a", vblora_dirs[0]).record
-    blob(store, "bank").unlink()
-    with pytest.raises(StoreCorruptedError, match=r"bank .* is missing"):
-        store.load(record.digest)
-    with pytest.raises(StoreCorruptedError, match="'a' lacks its blob"):
-        store.check_integrity()
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}'])
-def test_a_damaged_manifest_is_noticed(text: str, store: AdapterStore, numbered: Numbered) -> None:
-    store.add_compact("a", numbered(1))
-    (store.root / "manifests" / manifest_name("a")).write_text(text)
-    with pytest.raises(StoreCorruptedError, match="not a manifest"):
-        store.resolve("a")
-
-
-def test_a_damaged_manifest_hides_no_other_and_stops_the_garbage_collector(
-    store: AdapterStore, numbered: Numbered
-) -> None:
-    for name in ("a", "b"):
-        store.add_compact(name, numbered(ord(name)))
-    (store.root / "manifests" / manifest_name("a")).write_text("{}")
-    assert [record.id for record in store.records()] == ["b"]
-    store.add_compact("c", numbered(3))
-    with pytest.raises(StoreCorruptedError):
-        store.collect_garbage(grace_seconds=0)
-    with pytest.raises(StoreCorruptedError):
-        store.check_integrity()
-
-
-def test_a_manifest_under_another_name_is_noticed(store: AdapterStore, numbered: Numbered) -> None:
-    store.add_compact("a", numbered(1))
-    manifests = store.root / "manifests"
-    (manifests / manifest_name("a")).rename(manifests / manifest_name("b"))
-    with pytest.raises(StoreCorruptedError, match="has another id's file name"):
-        store.check_integrity()
-
-
-def test_the_manifest_is_json_for_people(store: AdapterStore, numbered: Numbered) -> None:
-    record = store.add_compact("Team/a", numbered(1)).record
-    (path,) = (store.root / "manifests").iterdir()
-    assert path.name.startswith("team_a.")
-    assert json.loads(path.read_text())["digest"] == record.digest

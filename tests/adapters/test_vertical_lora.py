@@ -8,18 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runs import request, run_all
+from memory_factors import MemoryFactorSource
 from peft_oracle import ALL, edit_config, read_tensors, write_tensors
-from tiny_models import (
-    MemoryFactorSource,
-    assert_same_greedy,
-    load_reference,
-    random_prompt,
-    reference_greedy,
-    request,
-    run_all,
-    small_engine,
-    write_tiny_llama,
-)
+from tiny_models import random_prompt, small_engine, write_tiny_llama
+from transformers_oracle import assert_same_greedy, load_reference, reference_greedy
 
 from adapters import MalformedAdapterError, UnsupportedAdapterError, read_peft_adapter
 from adapters.rebuild import rebuild_factors

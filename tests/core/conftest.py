@@ -4,13 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import (
-    QUERY_VALUE,
-    load_reference,
-    random_factors,
-    write_tiny_llama,
-)
+from memory_factors import random_factors
+from tiny_models import QUERY_VALUE, write_tiny_llama
 from transformers import LlamaForCausalLM
+from transformers_oracle import load_reference
 
 from core.factors import AdapterFactors
 from core.model_config import ModelConfig, read_model_config

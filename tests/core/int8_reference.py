@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tiny_models import load_reference
 from torch import Tensor, nn, where
+from transformers_oracle import load_reference
 
 from core.factors import AdapterFactors, LowRankPair
 from core.int8 import BLOCK, dequantise, quantise

@@ -8,8 +8,9 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from memory_factors import random_factors
 from operations import GATE_UP, Adding, KernelAdding, StackedAdding
-from tiny_models import random_factors, write_tiny_llama
+from tiny_models import write_tiny_llama
 from torch import Tensor
 
 from core.batch import AdapterRows

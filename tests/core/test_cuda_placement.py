@@ -7,17 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import greedy, request, run_all
+from memory_factors import MemoryFactorSource
 from simulated_cuda import CPU, CUDA, device_of, simulated_cuda
-from tiny_models import (
-    MemoryFactorSource,
-    assert_same_greedy,
-    greedy,
-    random_prompt,
-    reference_greedy,
-    request,
-    run_all,
-    small_engine,
-)
+from tiny_models import random_prompt, small_engine
+from transformers_oracle import assert_same_greedy, reference_greedy
 
 from core.engine import Engine
 from core.engine_config import EngineConfig

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import (
-    MemoryFactorSource,
+from memory_factors import MemoryFactorSource, random_factors
+from transformers import LlamaForCausalLM
+from transformers_oracle import (
     assert_close_logits,
     assert_same_greedy,
     load_reference,
-    random_factors,
     reference_greedy,
     reference_logits,
 )
-from transformers import LlamaForCausalLM
 
 from core import LLM, EngineConfig, SamplingParams
 from core.batch import build_batch

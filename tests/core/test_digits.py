@@ -6,21 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import greedy, request, run_all
 from grids import on_grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_forms import load_form
+from memory_factors import MemoryFactorSource
 from operations import multiply_gated
 from safetensors.torch import load_file, save_file
-from tiny_models import (
-    MemoryFactorSource,
-    greedy,
-    random_prompt,
-    request,
-    run_all,
-    small_engine,
-    write_tiny_llama,
-)
+from tiny_models import random_prompt, small_engine, write_tiny_llama
 from torch import Tensor
 
 from core.huge_pages import Arena

@@ -5,17 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    MemoryFactorSource,
-    assert_same_greedy,
-    greedy,
-    random_factors,
-    random_prompt,
-    reference_greedy,
-    request,
-    run_all,
-    small_engine,
-)
+from engine_runs import greedy, request, run_all
+from memory_factors import MemoryFactorSource, random_factors
+from tiny_models import random_prompt, small_engine
+from transformers_oracle import assert_same_greedy, reference_greedy
 
 from core.adapter_slots import StackBinding
 from core.errors import AdapterUnavailableError

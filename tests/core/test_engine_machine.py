@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_runs import Result, collect, greedy, request, run_all
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -13,19 +14,9 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from tiny_models import (
-    MemoryFactorSource,
-    ReferenceGreedy,
-    Result,
-    assert_same_greedy,
-    collect,
-    greedy,
-    random_prompt,
-    reference_greedy,
-    request,
-    run_all,
-    small_engine,
-)
+from memory_factors import MemoryFactorSource
+from tiny_models import random_prompt, small_engine
+from transformers_oracle import ReferenceGreedy, assert_same_greedy, reference_greedy
 
 from core.errors import EngineOverloadedError
 from core.requests import FinishReason, GenerationRequest, RequestOutput, SamplingParams

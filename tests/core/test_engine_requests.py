@@ -6,19 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    MemoryFactorSource,
-    Result,
-    assert_same_greedy,
-    greedy,
-    random_prompt,
-    reference_greedy,
-    reference_logits,
-    request,
-    run_all,
-    small_engine,
-    write_tiny_llama,
-)
+from engine_runs import Result, greedy, request, run_all
+from memory_factors import MemoryFactorSource
+from tiny_models import random_prompt, small_engine, write_tiny_llama
+from transformers_oracle import assert_same_greedy, reference_greedy, reference_logits
 
 from core.engine import Engine
 from core.errors import InvalidRequestError, PromptTooLongError

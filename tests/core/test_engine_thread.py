@@ -10,17 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
-    MemoryFactorSource,
-    Result,
-    assert_same_greedy,
-    greedy,
-    random_prompt,
-    reference_greedy,
-    request,
-    small_engine,
-    write_tiny_llama,
-)
+from engine_runs import Result, greedy, request
+from memory_factors import MemoryFactorSource
+from tiny_models import random_prompt, small_engine, write_tiny_llama
+from transformers_oracle import assert_same_greedy, reference_greedy
 
 from core.engine_thread import EngineThread
 from core.errors import CoreError, EngineOverloadedError, InvalidRequestError

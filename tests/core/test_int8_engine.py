@@ -4,20 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import greedy, request, run_all
 from int8_reference import int8_reference, int8_weights_reference
-from tiny_models import (
-    TIE_GAP,
-    MemoryFactorSource,
-    assert_same_greedy,
-    greedy,
-    random_factors,
-    random_prompt,
-    reference_greedy,
-    request,
-    run_all,
-    small_engine,
-    write_tiny_llama,
-)
+from memory_factors import MemoryFactorSource, random_factors
+from tiny_models import random_prompt, small_engine, write_tiny_llama
+from transformers_oracle import TIE_GAP, assert_same_greedy, reference_greedy
 
 from core.engine_config import EngineConfig
 from core.errors import InvalidRequestError

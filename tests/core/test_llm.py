@@ -4,15 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import (
-    MemoryFactorSource,
-    load_reference,
-    random_factors,
-    reference_greedy,
-    write_tiny_llama,
-)
+from memory_factors import MemoryFactorSource, random_factors
+from tiny_models import write_tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers_oracle import load_reference, reference_greedy
 
 import core
 from core import LLM, EngineConfig, SamplingParams

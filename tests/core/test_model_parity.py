@@ -6,21 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import (
+from engine_runs import greedy, request, run_all
+from memory_factors import random_factors
+from tiny_models import random_prompt, small_engine, write_tiny_llama
+from torch import Tensor
+from transformers_oracle import (
     assert_close_logits,
     assert_same_greedy,
-    greedy,
     load_reference,
-    random_factors,
-    random_prompt,
     reference_greedy,
     reference_logits,
-    request,
-    run_all,
-    small_engine,
-    write_tiny_llama,
 )
-from torch import Tensor
 
 from core.batch import AdapterRows, build_batch
 from core.engine_config import EngineConfig

@@ -6,19 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import greedy, request, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_forms import load_form
+from memory_factors import MemoryFactorSource
 from test_packed_weights import on_grid
-from tiny_models import (
-    MemoryFactorSource,
-    greedy,
-    random_prompt,
-    request,
-    run_all,
-    small_engine,
-    write_tiny_llama,
-)
+from tiny_models import random_prompt, small_engine, write_tiny_llama
 from torch import Tensor
 
 from core.head import LogitsHead

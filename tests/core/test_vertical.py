@@ -7,27 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runs import greedy, request, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_factors import MemoryFactorSource, random_factors
 from safetensors.torch import load_file, save_file
 from test_model_parity import model_logits
-from tiny_models import (
-    MemoryFactorSource,
-    assert_close_logits,
-    assert_same_greedy,
-    greedy,
-    load_reference,
-    random_factors,
-    random_prompt,
-    reference_greedy,
-    reference_logits,
-    request,
-    run_all,
-    small_engine,
-    write_tiny_llama,
-)
+from tiny_models import random_prompt, small_engine, write_tiny_llama
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers_oracle import (
+    assert_close_logits,
+    assert_same_greedy,
+    load_reference,
+    reference_greedy,
+    reference_logits,
+)
 from vertical_models import write_expanded, write_vertical_llama
 
 from core.engine_config import EngineConfig

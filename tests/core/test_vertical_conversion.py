@@ -6,13 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_vertical import load, model_logits
-from tiny_models import (
-    assert_close_logits,
-    load_reference,
-    random_prompt,
-    reference_logits,
-    write_tiny_llama,
-)
+from tiny_models import random_prompt, write_tiny_llama
+from transformers_oracle import assert_close_logits, load_reference, reference_logits
 from vertical_models import write_expanded, write_vertical_llama
 
 from core.errors import UnsupportedModelError

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft_oracle import without_peft_warnings
-from tiny_models import ReferenceGreedy, assert_same_greedy
 from transformers import AutoModelForCausalLM
+from transformers_oracle import ReferenceGreedy, assert_same_greedy
 
 
 @dataclass(frozen=True)

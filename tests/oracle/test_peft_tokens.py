@@ -16,7 +16,8 @@ from test_lora_variants import DORA_CASES
 from test_lowered import CASES as LOWERED_CASES
 from test_lowered import save_lowered
 from test_peft_parity import LORA_CASES, VBLORA_CASES
-from tiny_models import ReferenceGreedy, assert_same_greedy, random_prompt
+from tiny_models import random_prompt
+from transformers_oracle import ReferenceGreedy, assert_same_greedy
 
 from adapters import AdapterStore, FactorCache
 from core import LLM, EngineConfig, SamplingParams, read_base_info

@@ -13,7 +13,7 @@ from peft_oracle import LlamaOnDisk, save_vblora
 from peft_tokens import peft_greedy
 from ray_server import ServerProcess, openai_client, started
 from test_ray_default_base import NUM_TOKENS, register, tokens_of
-from tiny_models import ReferenceGreedy, assert_same_greedy
+from transformers_oracle import ReferenceGreedy, assert_same_greedy
 from vertical_models import write_expanded
 
 pytestmark = pytest.mark.ray
