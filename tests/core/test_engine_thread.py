@@ -372,7 +372,8 @@ import os, sys, threading, time
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from tiny_models import greedy, random_prompt, request
+from engine_runs import greedy, request
+from tiny_models import random_prompt
 from core.engine_config import EngineConfig
 from core.loading import load_engine
 
