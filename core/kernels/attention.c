@@ -1,14 +1,19 @@
 /* Attention over keys and values in pages: of single rows, and of the rows of prompts. */
 #include "common.h"
 #include "kernels.h"
+#include "shares.h"
 #include "tiles.h"
-
-#ifdef __AVX512F__
-#define VECS 4 /* registers of a value row that are summed in one pass */
-#else
-#define VECS 2
+#ifdef __AVX2__
+#include <immintrin.h>
 #endif
-#define GROUP 4 /* query heads of one key head that share a pass over the values */
+
+#define VECS 4 /* registers of a value row that are summed in one pass */
+/* Query heads of one key head that share a pass over the values. */
+#ifdef __AVX512F__
+#define GROUP 4
+#else
+#define GROUP 3 /* by VECS: 12 sums, the heads' weights and a value fill 16 registers */
+#endif
 
 #ifdef __AVX2__
 #ifdef __clang__
@@ -90,22 +95,23 @@ INLINE void fetch(next_t next, int64_t first, int64_t last, int64_t dim) {
 
 #define LONGEST 128 /* of the dimensions that are constants */
 
-/* scores[g, l] = scale * (query[g] . key[l]) for the keys of one page; fastest where `dim` is a
- * constant. */
+/* scores[g, l] = query[g] . key[l] for the keys of one page; fastest where `dim` is a constant. */
 INLINE void
 score_keys(const float *restrict query, const float *restrict key, int64_t length, int64_t group,
-           const int64_t dim, int64_t kv_width, float scale, float *restrict scores,
-           int64_t score_stride, next_t next) {
+           const int64_t dim, int64_t kv_width, float *restrict scores, int64_t score_stride,
+           next_t next) {
     int64_t l = 0;
 #ifdef __AVX2__
+    const int64_t share = (WIDE + group - 1) / group; /* of WIDE pieces each head fetches so many */
     if (__builtin_constant_p(dim))
         for (; l + WIDE <= length; l += WIDE, key += WIDE * kv_width)
-            for (int64_t g = 0; g < group; g++) {
-                fetch(next, l + WIDE * g / group, l + WIDE * (g + 1) / group, dim);
+            for (int64_t g = 0, first = l; g < group; g++, first += share) {
+                int64_t left = l + WIDE - first;
+                fetch(next, first, first + (left < share ? left : share), dim);
                 wide_t q[LONGEST / WIDE];
 #pragma GCC unroll 16
                 for (int v = 0; v < dim / WIDE; v++)
-                    q[v] = *(const wide_t *)(query + g * dim + v * WIDE) * scale;
+                    q[v] = *(const wide_t *)(query + g * dim + v * WIDE);
                 *(wide_t *)(scores + g * score_stride + l) =
                     dot_keys(q, key, kv_width, dim / WIDE);
             }
@@ -116,24 +122,50 @@ score_keys(const float *restrict query, const float *restrict key, int64_t lengt
             const float *restrict q = query + g * dim;
             float sum = 0.0f;
             for (int64_t d = 0; d < dim; d++) sum += q[d] * key[d];
-            scores[g * score_stride + l] = sum * scale;
+            scores[g * score_stride + l] = sum;
         }
     }
 }
 
+/* The largest of whole registers; NaN where the last one of a lane is. */
+static float largest_of(const float *row, int64_t length) {
+    wide_t most = *(const wide_t *)row;
+    for (int64_t l = WIDE; l < length; l += WIDE)
+#if defined(__AVX512F__)
+        most = (wide_t)_mm512_max_ps((__m512)most, _mm512_loadu_ps(row + l));
+#elif defined(__AVX2__)
+        most = (wide_t)_mm256_max_ps((__m256)most, _mm256_loadu_ps(row + l));
+#else
+        for (int i = 0; i < WIDE; i++) most[i] = row[l + i] > most[i] ? row[l + i] : most[i];
+#endif
+    float largest = most[0];
+    for (int i = 1; i < WIDE; i++) largest = most[i] > largest ? most[i] : largest;
+    return largest;
+}
+
+/* In place. Up to the end of the cache line behind its last number the row is used too. */
 static void softmax(float *restrict row, int64_t length) {
-    float largest = -INFINITY, sum = 0.0f;
-    for (int64_t l = 0; l < length; l++) largest = row[l] > largest ? row[l] : largest;
-    for (int64_t l = 0; l < length; l++) {
+    int64_t padded = (length + LINE - 1) / LINE * LINE;
+    float sum = 0.0f;
+    for (int64_t l = length; l < padded; l++) row[l] = -INFINITY;
+    float largest = largest_of(row, padded);
+    for (int64_t l = 0; l < padded; l++) { /* what is padded becomes 1e-38, nothing beside 1 */
         row[l] = exp_of_nonpositive(row[l] - largest);
         sum += row[l];
     }
     float share = 1.0f / sum;
-    for (int64_t l = 0; l < length; l++) row[l] *= share;
+    for (int64_t l = 0; l < padded; l++) row[l] *= share;
 }
 
 /* out[g, :vecs] += sum over l of scores[g, l] * value[l, :vecs]; `group` and `vecs` are constants,
  * so that all sums stay in registers. */
+/* AVX2's 16 registers are all in use: had the next part been loaded before, a sum would be in memory. */
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define LOADED_AFTER(from, sum) __asm__("" : "+r"(from) : "x"(sum))
+#else
+#define LOADED_AFTER(from, sum)
+#endif
+
 INLINE void
 mix_tile(const float *restrict value, int64_t length, const int group, const int vecs,
          int64_t kv_width, const float *restrict scores, int64_t score_stride,
@@ -145,11 +177,18 @@ mix_tile(const float *restrict value, int64_t length, const int group, const int
         for (int v = 0; v < vecs; v++) sums[g][v] = *(wide_t *)(out + g * out_stride + v * WIDE);
     for (int64_t l = 0; l < length; l++, value += kv_width) {
         fetch(next, l, l + 1, vecs * WIDE);
+        wide_t weights[GROUP];
 #pragma GCC unroll 4
         for (int g = 0; g < group; g++)
+            weights[g] = (wide_t){0.0f} + scores[g * score_stride + l];
 #pragma GCC unroll 4
-            for (int v = 0; v < vecs; v++)
-                sums[g][v] += scores[g * score_stride + l] * *(const wide_t *)(value + v * WIDE);
+        for (int v = 0; v < vecs; v++) {
+            wide_t part = *(const wide_t *)(value + v * WIDE);
+            if (v + 1 < vecs) LOADED_ONCE(part);
+#pragma GCC unroll 4
+            for (int g = 0; g < group; g++) sums[g][v] += weights[g] * part;
+            LOADED_AFTER(value, sums[group - 1][v]);
+        }
     }
 #pragma GCC unroll 4
     for (int g = 0; g < group; g++)
@@ -182,16 +221,21 @@ static void mix(const float *value, int64_t length, int64_t group, int64_t dim, 
                 const float *scores, int64_t score_stride, float *out, int64_t out_stride,
                 next_t next) {
 #define MIX(n)                                                                                \
-    mix_group(value, length, n, dim, kv_width, scores + g * score_stride, score_stride,       \
-              out + g * out_stride, out_stride, next)
-    int64_t g = 0;
-    for (; g + GROUP <= group; g += GROUP) MIX(GROUP);
-    if (group - g == 3)
-        MIX(3);
-    else if (group - g == 2)
-        MIX(2);
-    else if (group - g == 1)
-        MIX(1);
+    case n:                                                                                   \
+        mix_group(value, length, n, dim, kv_width, scores, score_stride, out, out_stride, next); \
+        break;
+    while (group > 0) {
+        int64_t heads = group <= GROUP ? group : group == GROUP + 1 ? GROUP - 1 : GROUP;
+        switch (heads) {
+            MIX(1)
+            MIX(2)
+            MIX(3)
+#if GROUP > 3
+            MIX(4)
+#endif
+        }
+        group -= heads, scores += heads * score_stride, out += heads * out_stride;
+    }
 #undef MIX
 }
 
@@ -202,8 +246,8 @@ typedef struct {
     int64_t length, page_size, num_heads, dim, kv_width;
 } paged_t;
 
-static const float *page_of(const paged_t *paged, int64_t start) {
-    return paged->base + paged->pages[start / paged->page_size] * paged->page_size * paged->kv_width;
+static const float *page_of(const paged_t *paged, int64_t index) {
+    return paged->base + paged->pages[index] * paged->page_size * paged->kv_width;
 }
 
 /* How many places of the page that begins at `start` are the row's. */
@@ -212,29 +256,36 @@ static int64_t places_in(const paged_t *paged, int64_t start) {
     return left < paged->page_size ? left : paged->page_size;
 }
 
-/* What head `head` fetches of the page that begins at `start`; beyond the last one, of that. All
- * heads of a row fetch a page in its order, one alone its own pieces. */
-static next_t next_page(const paged_t *paged, int64_t start, int64_t head) {
-    int64_t last = (paged->length - 1) / paged->page_size * paged->page_size;
-    const float *page = page_of(paged, start < last ? start : last);
+/* What head `head` fetches of a page. All heads of a row fetch it in its order, one alone its own
+ * pieces. */
+static next_t next_of(const paged_t *paged, const float *page, int64_t head) {
     if (paged->num_heads == 1) return (next_t){page, paged->kv_width};
     return (next_t){page + head * paged->page_size * paged->dim, paged->dim};
 }
 
+/* Floats from one head's scores of `length` keys to the next one's: registers of scores may end behind
+ * the last key. */
+static int64_t score_stride_of(int64_t length) { return (length + 2 * LINE - 2) / LINE * LINE; }
+
 /* The query heads of some key heads, of one row: out = softmax(q k^T * scale) v over its pages. All
- * these heads pass over a page together, so that memory is read in its order. */
+ * these heads pass over a page together, so that memory is read in its order; with the last page they
+ * fetch `after`, one of keys. `room` is for all queries and scores. */
 static void attend(const float *query, const paged_t *keys, const paged_t *values, int64_t group,
-                   float *scores, float *out) {
+                   const float *after, float *room, float *out) {
     int64_t dim = keys->dim, length = keys->length, num_heads = keys->num_heads * group;
-    float scale = 1.0f / sqrtf((float)dim);
-    for (int64_t l = 0; l < length; l += keys->page_size) {
-        const float *page = page_of(keys, l);
-        int64_t places = places_in(keys, l), after = l + keys->page_size;
+    int64_t page_size = keys->page_size, stride = score_stride_of(length);
+    float scale = 1.0f / sqrtf((float)dim), *scaled = room, *scores = room + num_heads * dim;
+    for (int64_t i = 0; i < num_heads * dim; i++) scaled[i] = query[i] * scale;
+    for (int64_t l = 0, index = 0; l < length; l += page_size, index++) {
+        const float *page = page_of(keys, index);
+        const float *ahead = l + page_size < length ? page_of(keys, index + 1) : page_of(values, 0);
+        /* Whole registers of scores, where the page has so many places; softmax forgets what is too much. */
+        int64_t places = (places_in(keys, l) + WIDE - 1) / WIDE * WIDE;
+        if (places > page_size) places = page_size;
         for (int64_t h = 0; h < keys->num_heads; h++) {
-            next_t next = after < length ? next_page(keys, after, h) : next_page(values, 0, h);
 #define SCORE(d)                                                                              \
-    score_keys(query + h * group * dim, page + h * dim, places, group, d, keys->kv_width,     \
-               scale, scores + h * group * length + l, length, next)
+    score_keys(scaled + h * group * dim, page + h * dim, places, group, d, keys->kv_width,    \
+               scores + h * group * stride + l, stride, next_of(keys, ahead, h))
             if (dim == 64)
                 SCORE(64);
             else if (dim == 128)
@@ -244,14 +295,15 @@ static void attend(const float *query, const paged_t *keys, const paged_t *value
 #undef SCORE
         }
     }
-    for (int64_t h = 0; h < num_heads; h++) softmax(scores + h * length, length);
+    for (int64_t h = 0; h < num_heads; h++) softmax(scores + h * stride, length);
     memset(out, 0, num_heads * dim * sizeof(float));
-    for (int64_t l = 0; l < length; l += values->page_size) {
-        const float *page = page_of(values, l);
+    for (int64_t l = 0, index = 0; l < length; l += page_size, index++) {
+        const float *page = page_of(values, index);
+        const float *ahead = l + page_size < length ? page_of(values, index + 1) : after;
         for (int64_t h = 0; h < values->num_heads; h++)
             mix(page + h * dim, places_in(values, l), group, dim, values->kv_width,
-                scores + h * group * length + l, length, out + h * group * dim, dim,
-                next_page(values, l + values->page_size, h));
+                scores + h * group * stride + l, stride, out + h * group * dim, dim,
+                next_of(values, ahead, h));
     }
 }
 
@@ -270,23 +322,28 @@ int decode_attention(const float *query, int64_t query_stride, const float *keys
     }
     int used = threads_for(total * num_heads * dim, num_threads), failed = 0;
     int64_t parts = rows < ROWS_PER_THREAD * used ? num_kv_heads : 1; /* of a row's heads */
-    int64_t heads = num_kv_heads / parts;
+    int64_t heads = num_kv_heads / parts, items = rows * parts;
+    share_t shares[used];
+    share_out(shares, items, used);
 #pragma omp parallel num_threads(used) reduction(| : failed)
     {
-        float *scores = malloc((size_t)(heads * group * longest) * sizeof(float));
-        failed = scores == NULL;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < rows * parts; item++) {
-            int64_t s = item / parts, head = item % parts * heads;
+        int64_t floats = heads * group * (dim + score_stride_of(longest)), direction;
+        float *room = aligned_alloc(64, (floats + LINE - 1) / LINE * LINE * sizeof(float));
+        failed = room == NULL;
+        for (int64_t item; room && (item = next_item(shares, used, &direction)) >= 0;) {
+            int64_t s = item / parts, head = item % parts * heads, after = item + direction;
             paged_t of_keys = {keys + head * dim, pages + s * max_pages, lengths[s], page_size,
                                heads,             dim,                   kv_width};
-            paged_t of_values = of_keys;
+            paged_t of_values = of_keys, of_next = of_keys;
             of_values.base = values + head * dim;
-            if (scores)
-                attend(query + s * query_stride + head * group * dim, &of_keys, &of_values, group,
-                       scores, out + (s * num_heads + head * group) * dim);
+            if (after >= 0 && after < items) {
+                of_next.base = keys + after % parts * heads * dim;
+                of_next.pages = pages + after / parts * max_pages;
+            }
+            attend(query + s * query_stride + head * group * dim, &of_keys, &of_values, group,
+                   page_of(&of_next, 0), room, out + (s * num_heads + head * group) * dim);
         }
-        free(scores);
+        free(room);
     }
     return failed;
 }
@@ -340,9 +397,11 @@ static void attend_block(const prompt_t *p, const span_t *span, const int64_t *p
             }
             float *out = p->out + t * out_stride + head;
             for (int64_t r = 0; r < rows; r++) memset(out + r * out_stride, 0, dim * sizeof(float));
-            for (int64_t l = 0; l < values.length; l += p->page_size)
-                mix(page_of(&values, l), places_in(&values, l), rows, dim, kv_width, scores + l,
-                    stride, out, out_stride, next_page(&values, l + p->page_size, 0));
+            for (int64_t l = 0, index = 0; l < values.length; l += p->page_size, index++) {
+                int64_t ahead = l + p->page_size < values.length ? index + 1 : index;
+                mix(page_of(&values, index), places_in(&values, l), rows, dim, kv_width, scores + l,
+                    stride, out, out_stride, next_of(&values, page_of(&values, ahead), 0));
+            }
         }
 }
 
