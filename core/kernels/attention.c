@@ -157,8 +157,6 @@ static void softmax(float *restrict row, int64_t length) {
     for (int64_t l = 0; l < padded; l++) row[l] *= share;
 }
 
-/* out[g, :vecs] += sum over l of scores[g, l] * value[l, :vecs]; `group` and `vecs` are constants,
- * so that all sums stay in registers. */
 /* AVX2's 16 registers are all in use: had the next part been loaded before, a sum would be in memory. */
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define LOADED_AFTER(from, sum) __asm__("" : "+r"(from) : "x"(sum))
@@ -166,6 +164,8 @@ static void softmax(float *restrict row, int64_t length) {
 #define LOADED_AFTER(from, sum)
 #endif
 
+/* out[g, :vecs] += sum over l of scores[g, l] * value[l, :vecs]; `group` and `vecs` are constants,
+ * so that all sums stay in registers. */
 INLINE void
 mix_tile(const float *restrict value, int64_t length, const int group, const int vecs,
          int64_t kv_width, const float *restrict scores, int64_t score_stride,
@@ -216,7 +216,7 @@ mix_group(const float *value, int64_t length, const int group, int64_t dim, int6
         }
 }
 
-/* out[g] += scores[g] times the values of one page, for any number of rows of scores. */
+/* out[g] += scores[g] times `length` values, for any number of rows of scores. */
 static void mix(const float *value, int64_t length, int64_t group, int64_t dim, int64_t kv_width,
                 const float *scores, int64_t score_stride, float *out, int64_t out_stride,
                 next_t next) {
@@ -363,6 +363,16 @@ static void pack_keys(const float *keys, const int64_t *pages, int64_t length, i
     }
 }
 
+/* The first `length` values behind each other, [length, dim]. */
+static void gather_values(const float *values, const int64_t *pages, int64_t length,
+                          int64_t page_size, int64_t dim, int64_t kv_width, float *to) {
+    const float *value = NULL;
+    for (int64_t l = 0; l < length; l++, value += kv_width, to += dim) {
+        if (l % page_size == 0) value = values + *pages++ * page_size * kv_width;
+        memcpy(to, value, dim * sizeof(float));
+    }
+}
+
 /* What stays the same for all rows of one call. */
 typedef struct {
     const float *query, *keys, *values;
@@ -371,21 +381,20 @@ typedef struct {
 } prompt_t;
 
 /* Causal attention of rows first..last-1 of a span, for the query heads of one key head. `panels`
- * has room for all keys that they see, `scores` for TILE_ROWS rows of as many. */
+ * and `values` have room for all that they see, `scores` for TILE_ROWS rows of as many. */
 static void attend_block(const prompt_t *p, const span_t *span, const int64_t *pages,
                          int64_t kv_head, int64_t first, int64_t last, float *panels,
-                         float *scores) {
+                         float *values, float *scores) {
     int64_t dim = p->dim, kv_width = p->num_kv_heads * dim, group = p->num_heads / p->num_kv_heads;
     int64_t out_stride = p->num_heads * dim, seen = span->before + last - span->start;
     int64_t stride = (seen + TILE_WIDTH - 1) / TILE_WIDTH * TILE_WIDTH;
     pack_keys(p->keys + kv_head * dim, pages, seen, p->page_size, dim, kv_width,
               1.0f / sqrtf((float)dim), panels);
+    gather_values(p->values + kv_head * dim, pages, seen, p->page_size, dim, kv_width, values);
     for (int64_t g = 0; g < group; g++)
         for (int64_t t = first; t < last; t += TILE_ROWS) {
             int64_t rows = last - t < TILE_ROWS ? last - t : TILE_ROWS;
             int64_t head = (kv_head * group + g) * dim, length = span->before + t - span->start + 1;
-            paged_t values = {p->values + kv_head * dim, pages, length + rows - 1, p->page_size, 1,
-                              dim,                       kv_width};
             for (int64_t l = 0; l < length + rows - 1; l += TILE_WIDTH) {
                 target_t to = {scores + l, stride, TILE_WIDTH, 0, {{NULL}}};
                 multiply_rows(p->query + t * p->query_stride + head, p->query_stride,
@@ -397,11 +406,8 @@ static void attend_block(const prompt_t *p, const span_t *span, const int64_t *p
             }
             float *out = p->out + t * out_stride + head;
             for (int64_t r = 0; r < rows; r++) memset(out + r * out_stride, 0, dim * sizeof(float));
-            for (int64_t l = 0, index = 0; l < values.length; l += p->page_size, index++) {
-                int64_t ahead = l + p->page_size < values.length ? index + 1 : index;
-                mix(page_of(&values, index), places_in(&values, l), rows, dim, kv_width, scores + l,
-                    stride, out, out_stride, next_of(&values, page_of(&values, ahead), 0));
-            }
+            mix(values, length + rows - 1, rows, dim, dim, scores, stride, out, out_stride,
+                (next_t){values, 0});
         }
 }
 
@@ -424,7 +430,7 @@ int prompt_attention(const float *query, int64_t query_stride, const float *keys
     int used = threads_for(total * num_heads * dim, num_threads), failed = 0;
 #pragma omp parallel num_threads(used) reduction(| : failed)
     {
-        float *panels = malloc((size_t)(padded * (dim + TILE_ROWS)) * sizeof(float));
+        float *panels = aligned_alloc(64, padded * (2 * dim + TILE_ROWS) * sizeof(float));
         failed = panels == NULL;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = num_blocks * num_kv_heads - 1; item >= 0; item--) {
@@ -438,7 +444,7 @@ int prompt_attention(const float *query, int64_t query_stride, const float *keys
             if (panels)
                 attend_block(&prompt, &spans[s], pages + s * max_pages, item % num_kv_heads, first,
                              last < spans[s].end ? last : spans[s].end, panels,
-                             panels + padded * dim);
+                             panels + padded * dim, panels + 2 * padded * dim);
         }
         free(panels);
     }
