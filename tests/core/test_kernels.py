@@ -146,7 +146,7 @@ def ragged_batch(spans: list[tuple[int, int]], page_size: int) -> Batch:
     return build_batch(chunks, page_size, CPU, with_lengths=False)
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("page_size", [1, 4, 16, 24])
 @pytest.mark.parametrize(
     "spans",
     [
