@@ -17,6 +17,7 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
+from serving.cluster.control_loop import calm_controller
 from serving.settings import Settings
 
 APP_NAME = "vbserve"
@@ -61,7 +62,8 @@ def deployed(settings: Settings, base_name: str, base: Path) -> Iterator[None]:
     try:
         # no route: the ingress replicas speak HTTP themselves, no proxy stands before them
         serve.run(_application(settings, base_name, base), name=APP_NAME, route_prefix=None)
-        yield
+        with calm_controller() if settings.ray_address is None else contextlib.nullcontext():
+            yield
     finally:
         _within(_GIVE_UP_SECONDS, serve.delete, APP_NAME)  # lets running requests end
 

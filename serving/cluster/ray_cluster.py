@@ -19,13 +19,14 @@ from pathlib import Path
 from serving.cluster.garbage import collection_paused
 from serving.cluster.launch_checks import LaunchError
 
+# how often Serve's controller looks after its replicas: a start and a stop wait for several looks
+CONTROL_LOOP_SECONDS = 0.25
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; nothing large goes through it
 
 # Ray reads these when it is first imported.
 _SERVE_VARIABLES = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
-    # ten times a second, its default, takes 2 % of a core that engines wait for; 0.7 s of a start
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": str(CONTROL_LOOP_SECONDS),
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
 }
 _PRIVATE_VARIABLES = {
@@ -39,6 +40,13 @@ _PRIVATE_VARIABLES = {
     "RAY_event_stats": "0",
     "RAY_task_events_report_interval_ms": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # what Ray's node looks at 4 to 10 times a second, for tasks and objects that nobody has here
+    "RAY_local_fs_monitor_interval_ms": "10000",
+    "RAY_raylet_report_resources_period_milliseconds": "2000",
+    "RAY_raylet_check_gc_period_milliseconds": "2000",
+    "RAY_object_manager_timer_freq_ms": "2000",
+    "RAY_kill_idle_workers_interval_ms": "2000",
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill the engine when others fill the memory
 }
 
 
