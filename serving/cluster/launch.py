@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
+import socket
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -49,7 +49,7 @@ def serve_forever(settings: Settings, console: Console) -> None:
             server.enter_context(_application(settings, base))
         console.print(ready_message(settings, base.name, adapters.ids), soft_wrap=True)
         try:
-            threading.Event().wait()
+            _wait_for_signals()
         finally:
             with stages.stage("stopped"):
                 server.close()
@@ -65,6 +65,23 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _wait_for_signals() -> None:
+    """Wait until a signal's handler raises, whichever thread the system gives the signal to.
+
+    The main thread, which runs handlers, sleeps on when another one gets it (so it is when another
+    signal is still on its way to the main thread); the byte that Python then writes wakes it.
+    """
+    waking, woken = socket.socketpair()
+    with waking, woken:
+        waking.setblocking(False)
+        previous = signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+        try:
+            while True:
+                woken.recv(1)
+        finally:
+            signal.set_wakeup_fd(previous)
 
 
 def _arm_signals() -> None:
