@@ -1,5 +1,6 @@
 /* Attention over keys and values in pages: of single rows, and of the rows of prompts. */
 #include "common.h"
+#include "exponential.h"
 #include "kernels.h"
 #include "shares.h"
 #include "tiles.h"
@@ -20,7 +21,6 @@
 #define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (ints_t){__VA_ARGS__})
-typedef int32_t ints_t __attribute__((vector_size(4 * WIDE)));
 #endif
 
 static inline wide_t dot_lanes(const wide_t *q, const float *key, const int registers) {
@@ -131,13 +131,7 @@ score_keys(const float *restrict query, const float *restrict key, int64_t lengt
 static float largest_of(const float *row, int64_t length) {
     wide_t most = *(const wide_t *)row;
     for (int64_t l = WIDE; l < length; l += WIDE)
-#if defined(__AVX512F__)
-        most = (wide_t)_mm512_max_ps((__m512)most, _mm512_loadu_ps(row + l));
-#elif defined(__AVX2__)
-        most = (wide_t)_mm256_max_ps((__m256)most, _mm256_loadu_ps(row + l));
-#else
-        for (int i = 0; i < WIDE; i++) most[i] = row[l + i] > most[i] ? row[l + i] : most[i];
-#endif
+        most = larger_of(most, *(const wide_t *)(row + l));
     float largest = most[0];
     for (int i = 1; i < WIDE; i++) largest = most[i] > largest ? most[i] : largest;
     return largest;
@@ -146,13 +140,16 @@ static float largest_of(const float *row, int64_t length) {
 /* In place. Up to the end of the cache line behind its last number the row is used too. */
 static void softmax(float *restrict row, int64_t length) {
     int64_t padded = (length + LINE - 1) / LINE * LINE;
+    wide_t sums = {0.0f};
     float sum = 0.0f;
     for (int64_t l = length; l < padded; l++) row[l] = -INFINITY;
     float largest = largest_of(row, padded);
-    for (int64_t l = 0; l < padded; l++) { /* what is padded becomes 1e-38, nothing beside 1 */
-        row[l] = exp_of_nonpositive(row[l] - largest);
-        sum += row[l];
+    for (int64_t l = 0; l < padded; l += WIDE) { /* what is padded becomes 1e-38, nothing beside 1 */
+        wide_t share = exp_of(*(const wide_t *)(row + l) - largest);
+        *(wide_t *)(row + l) = share;
+        sums += share;
     }
+    for (int i = 0; i < WIDE; i++) sum += sums[i];
     float share = 1.0f / sum;
     for (int64_t l = 0; l < padded; l++) row[l] *= share;
 }

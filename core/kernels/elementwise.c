@@ -1,5 +1,6 @@
 /* Norm, activation, and the step from projections to queries and stored keys and values. */
 #include "common.h"
+#include "exponential.h"
 #include "kernels.h"
 
 /* out[t] = x[t] / rms(x[t]) * weight, after x[t] += delta[t] where delta is given. */

@@ -16,8 +16,6 @@
 
 #define BLOCK 32 /* features with one step and base */
 
-typedef uint32_t words_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
-typedef int32_t ints_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef uint16_t halves_t __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
 
 INLINE int bits_of(int64_t form) {

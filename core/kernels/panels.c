@@ -1,6 +1,7 @@
 /* Products with a frozen matrix that was packed in panels once. */
 #include "common.h"
 #include "digits.h"
+#include "exponential.h"
 #include "low_rank.h"
 #include "packed.h"
 #include "shares.h"
@@ -266,6 +267,14 @@ void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
     }
 }
 
+/* y[rows, width] = silu(gate) * up, of which each is [rows, TILE_WIDTH]. */
+static void activate_tile(const float *gate, const float *up, float *y, int64_t y_stride,
+                          int64_t rows, int64_t width) {
+    for (; rows > 0; rows--, gate += TILE_WIDTH, up += TILE_WIDTH, y += y_stride)
+        if (width == TILE_WIDTH) silu_row(gate, up, y, TILE_WIDTH);
+        else silu_row(gate, up, y, width);
+}
+
 /* Both halves of a tile are activated while they are in the cache; lone rows, which lack something
  * then, when they have it. */
 void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
@@ -294,9 +303,7 @@ void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float
                 }
                 pass_over(&sweep, 2 * i, p, gate, TILE_WIDTH);
                 pass_over(&sweep, 2 * i + 1, p, up, TILE_WIDTH);
-                for (int64_t t = 0; t < tile; t++)
-                    silu_row(gate + t * TILE_WIDTH, up + t * TILE_WIDTH,
-                             y + (r + t) * half + columns.start, columns.width);
+                activate_tile(gate, up, y + r * half + columns.start, half, tile, columns.width);
             }
         }
         if (adds) {

@@ -17,6 +17,9 @@ typedef float wide_t __attribute__((vector_size(32), aligned(4), may_alias));
 #define TILE_ROWS 6
 #endif
 
+typedef uint32_t words_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int32_t ints_t __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+
 #define TILE_WIDTH (COLS * WIDE)
 #define TILE_STEP 8 /* features between two lots of fetching ahead */
 #define STREAM_ROWS 4 /* so few rows wait for memory alone */
