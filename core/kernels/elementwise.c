@@ -3,6 +3,29 @@
 #include "exponential.h"
 #include "kernels.h"
 
+#define SUMS 4 /* registers of sums, so that none waits for the one before */
+
+/* x += delta where delta is given; returns the sum of x's squares. */
+INLINE float add_and_square(float *restrict x, const float *restrict delta, int64_t width) {
+    wide_t sums[SUMS] = {{0.0f}};
+    float squares = 0.0f;
+    int64_t i = 0;
+    for (; i + SUMS * WIDE <= width; i += SUMS * WIDE)
+#pragma GCC unroll 4
+        for (int s = 0; s < SUMS; s++) {
+            wide_t *at = (wide_t *)(x + i + s * WIDE);
+            if (delta) *at += *(const wide_t *)(delta + i + s * WIDE);
+            sums[s] += *at * *at;
+        }
+    for (; i < width; i++) {
+        if (delta) x[i] += delta[i];
+        squares += x[i] * x[i];
+    }
+    for (int s = 1; s < SUMS; s++) sums[0] += sums[s];
+    for (int l = 0; l < WIDE; l++) squares += sums[0][l];
+    return squares;
+}
+
 /* out[t] = x[t] / rms(x[t]) * weight, after x[t] += delta[t] where delta is given. */
 void rms_norm(float *x, const float *delta, const float *weight, float *out, int64_t rows,
               int64_t width, float eps, int num_threads) {
@@ -10,12 +33,8 @@ void rms_norm(float *x, const float *delta, const float *weight, float *out, int
     for (int64_t t = 0; t < rows; t++) {
         float *restrict xt = x + t * width;
         float *restrict ot = out + t * width;
-        float squares = 0.0f;
-        if (delta) {
-            const float *restrict dt = delta + t * width;
-            for (int64_t i = 0; i < width; i++) xt[i] += dt[i];
-        }
-        for (int64_t i = 0; i < width; i++) squares += xt[i] * xt[i];
+        float squares = delta ? add_and_square(xt, delta + t * width, width)
+                              : add_and_square(xt, NULL, width);
         float scale = 1.0f / sqrtf(squares / (float)width + eps);
         for (int64_t i = 0; i < width; i++) ot[i] = xt[i] * scale * weight[i];
     }
