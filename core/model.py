@@ -32,6 +32,5 @@ class LlamaModel:
     def forward(self, batch: Batch, kv: KVStorage) -> Tensor:
         """Write the step's keys and values into `kv`; return what the head multiplies [R, H]."""
         cos_sin = self.rotary.tables(batch.position_T, batch.length_T)
-        kv.clear(batch.tail_page_P)
         x_TH = F.embedding(batch.token_T, self.weights.embedding_VH)
         return self.layers.forward(x_TH, cos_sin, batch, kv)

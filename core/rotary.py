@@ -3,7 +3,7 @@
 The inverse frequencies come from transformers (default, linear, llama3, yarn, dynamic), so this
 file knows no formula of theirs; it knows only when they depend on the sequence's length.
 
-Shape legend: T tokens of a step, D head dimension.
+Shape legend: T tokens of a step, D head dimension, P kept positions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from core.errors import UnsupportedModelError
 from core.model_config import ModelConfig
 
 _STATIC = ("default", "linear", "llama3", "yarn")
+_MOST_KEPT = 8192  # positions whose cos and sin are kept; later ones are computed in every step
+_LEAST_KEPT = 1024
 
 
 class Rotary:
@@ -41,13 +43,23 @@ class Rotary:
         self._inv_freq: Tensor = embedding.inv_freq.to(device=device, dtype=torch.float32)
         self._scaling = float(embedding.attention_scaling)
         self._by_length: dict[int, Tensor] = {}
+        self._kept = self._compute(torch.empty(0, dtype=torch.int64), self._inv_freq)
 
     def tables(self, position_T: Tensor, length_T: list[int] | None) -> tuple[Tensor, Tensor]:
         """(cos_TD, sin_TD) for int64 positions; `length_T` matters for dynamic scaling only."""
-        inv_freq = self._inv_freq
         if length_T is not None and any(n > self._original_length for n in length_T):
-            inv_freq = torch.stack([self._inv_freq_for(n) for n in length_T])
-        freqs = position_T[:, None].float() * inv_freq
+            return self._compute(position_T, torch.stack([self._inv_freq_for(n) for n in length_T]))
+        # On cuda the largest position would have to be waited for.
+        if self._device.type == "cpu" and (longest := int(position_T.max())) < _MOST_KEPT:
+            if longest >= len(self._kept[0]):
+                kept = min(max(_LEAST_KEPT, 1 << longest.bit_length()), _MOST_KEPT)
+                self._kept = self._compute(torch.arange(kept), self._inv_freq)
+            cos_PD, sin_PD = self._kept
+            return cos_PD.index_select(0, position_T), sin_PD.index_select(0, position_T)
+        return self._compute(position_T, self._inv_freq)
+
+    def _compute(self, position_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+        freqs = position_T[:, None].to(self._device).float() * inv_freq
         angles_TD = torch.cat((freqs, freqs), dim=-1)
         cos, sin = angles_TD.cos(), angles_TD.sin()
         if self._scaling != 1.0:

@@ -39,6 +39,7 @@ class TorchLayers:
         self, x_TH: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch, kv: KVStorage
     ) -> Tensor:
         """See `Layers.forward`."""
+        kv.clear(batch.tail_page_P)
         adapters = self.slots.bind(batch.adapter_rows)
         eps = self._config.rms_norm_eps
         h_TH = rms_norm(x_TH, self._layers[0].input_norm_H, eps)
