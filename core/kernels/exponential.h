@@ -20,13 +20,6 @@ INLINE wide_t larger_of(wide_t a, wide_t b) {
 #endif
 }
 
-/* Not to be computed with what comes before or after it. */
-#ifdef __AVX2__
-#define KEPT(numbers) __asm__("" : "+x"(numbers))
-#else
-#define KEPT(numbers) __asm__("" : "+m"(numbers))
-#endif
-
 /* exp(x) with 2 units in the last place from -87 to 88; beyond, what it is there. NaN stays NaN. */
 INLINE wide_t exp_of(wide_t x) {
     const float nearest = 0x1.8p23f; /* added, it leaves a whole number in the lowest bits */

@@ -44,18 +44,25 @@ int64_t next_lone_row(const low_rank_t *adds, int64_t row, int64_t rows, int64_t
     return row;
 }
 
-/* y += scale * (x a^T) b for one row; `ranks` is a constant where this is inlined. */
+/* y += scale * (x a^T) b for one row, rank by rank, as tiles have it; `ranks` is a constant where this is
+ * inlined. */
 INLINE void add_row(const float *restrict x, float *restrict y, const float *restrict a,
                     const float *restrict b, float scale, int64_t in, int64_t out,
                     const int ranks) {
     float inner[RANKS];
+    int64_t o = 0;
     shrink_block(x, in, a, scale, inner, RANKS, 1, ranks);
-    for (int64_t o = 0; o < out; o++) {
-        float sum = y[o];
+    for (; o + WIDE <= out; o += WIDE) {
+        wide_t sum = *(const wide_t *)(y + o);
 #pragma GCC unroll 4
-        for (int r = 0; r < ranks; r++) sum += inner[r] * b[r * out + o];
-        y[o] = sum;
+        for (int r = 0; r < ranks; r++) {
+            sum += inner[r] * *(const wide_t *)(b + r * out + o);
+            KEPT(sum);
+        }
+        *(wide_t *)(y + o) = sum;
     }
+    for (int r = 0; r < ranks; r++)
+        for (int64_t i = o; i < out; i++) y[i] += inner[r] * b[r * out + i];
 }
 
 void add_lone_row(const low_rank_t *adds, int64_t row, const float *x, float *y, int64_t in) {

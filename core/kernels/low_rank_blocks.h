@@ -3,22 +3,69 @@
 
 #include "kernels.h"
 #include "tiles.h"
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #define RANKS 4 /* ranks that share one pass over what they read */
-#define ROWS (TILE_ROWS > 6 ? 4 : 2) /* rows likewise; the sums of all stay in registers */
+#define ROWS 2  /* rows likewise */
+#define HALVES 2 /* of each sum, or four ranks of one row would wait for each other */
 
-/* inner[t, r] = scale * x[t] a[r]; `rows` and `ranks` are constants where this is inlined. */
+/* The sum of a register's numbers, in a tree. */
+INLINE float sum_of(wide_t numbers) {
+#ifdef __AVX2__
+#if WIDE == 16
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)numbers),
+                                 _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)numbers, 1)));
+#else
+    __m256 eight = (__m256)numbers;
+#endif
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
+    for (int left = WIDE / 2; left; left /= 2)
+        for (int i = 0; i < left; i++) numbers[i] += numbers[i + left];
+    return numbers[0];
+#endif
+}
+
+/* inner[t, r] = scale * x[t] a[r], in the same order for any number of rows and ranks; these are
+ * constants where this is inlined, and the sums of all stay in registers. */
+INLINE void shrink_ranks(const float *restrict x, int64_t in, const float *restrict a, float scale,
+                         float *restrict inner, int64_t inner_stride, const int rows,
+                         const int ranks) {
+    wide_t sums[HALVES][RANKS][ROWS] = {{{{0.0f}}}};
+    int64_t i = 0;
+    for (; i + HALVES * WIDE <= in; i += HALVES * WIDE)
+#pragma GCC unroll 2
+        for (int h = 0; h < HALVES; h++)
+#pragma GCC unroll 4
+            for (int r = 0; r < ranks; r++)
+#pragma GCC unroll 2
+                for (int t = 0; t < rows; t++)
+                    sums[h][r][t] += *(const wide_t *)(a + r * in + i + h * WIDE) *
+                                     *(const wide_t *)(x + t * in + i + h * WIDE);
+#pragma GCC unroll 4
+    for (int r = 0; r < ranks; r++)
+#pragma GCC unroll 2
+        for (int t = 0; t < rows; t++) {
+            float sum = sum_of(sums[0][r][t] + sums[1][r][t]);
+            for (int64_t k = i; k < in; k++) sum += a[r * in + k] * x[t * in + k];
+            inner[t * inner_stride + r] = scale * sum;
+        }
+}
+
+/* `shrink_ranks` for RANKS or one, as many at a time as 16 registers have room for, or 32. */
 INLINE void shrink_block(const float *restrict x, int64_t in, const float *restrict a, float scale,
                          float *restrict inner, int64_t inner_stride, const int rows,
                          const int ranks) {
-    float sums[RANKS][ROWS] = {{0.0f}};
-    for (int64_t i = 0; i < in; i++)
-#pragma GCC unroll 4
-        for (int r = 0; r < ranks; r++)
-#pragma GCC unroll 4
-            for (int t = 0; t < rows; t++) sums[r][t] += a[r * in + i] * x[t * in + i];
-    for (int r = 0; r < ranks; r++)
-        for (int t = 0; t < rows; t++) inner[t * inner_stride + r] = scale * sums[r][t];
+    if (WIDE == 16 || rows == 1 || ranks == 1) {
+        shrink_ranks(x, in, a, scale, inner, inner_stride, rows, ranks);
+        return;
+    }
+    shrink_ranks(x, in, a, scale, inner, inner_stride, rows, RANKS / 2);
+    shrink_ranks(x, in, a + RANKS / 2 * in, scale, inner + RANKS / 2, inner_stride, rows, RANKS / 2);
 }
 
 /* `shrink_block` for all ranks of a pair and a constant number of rows. */

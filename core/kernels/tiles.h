@@ -39,6 +39,13 @@ typedef struct {
 #define LOADED_ONCE(weights)
 #endif
 
+/* As it is: nothing before it is computed together with what comes after it, in another order. */
+#ifdef __AVX2__
+#define KEPT(numbers) __asm__("" : "+x"(numbers))
+#else
+#define KEPT(numbers) __asm__("" : "+m"(numbers))
+#endif
+
 #define NOTHING ((ahead_t){NULL, 0})
 
 enum { NOT, ONCE, AGAIN }; /* whether a panel streams, and is then used by the next layer too */

@@ -181,6 +181,26 @@ def test_increments_equal_the_slow_loop(
     check_all_modules(config, adding, rows, dtype, seed=1)
 
 
+@pytest.mark.parametrize("way", ["within", "after"])
+def test_a_row_gets_the_same_alone_and_beside_others(way: str, config: ModelConfig) -> None:
+    """Bit for bit, in a tile and as a lone row: sampled tokens do not depend on the batch."""
+    known = random_adapters(config, 0, torch.float32)
+    adding = make_adding(config, torch.float32, way)
+    for name, fused in (("a", 0), ("d", 1), ("e", 2), ("f", 1)):  # ranks 1, 16, 3 and 8, no gains
+        num_out = sum(config.projection_shape(one)[0] for one in FUSED_PROJECTIONS[fused])
+        num_in = config.projection_shape(FUSED_PROJECTIONS[fused][0])[1]
+        generator = torch.Generator().manual_seed(fused)
+        x_TI = torch.randn(17, num_in, generator=generator)
+        weight_OI = torch.randn(num_out, num_in, generator=generator)
+        together = adding.bind(lay_out(known, [(None, 1), (name, 16)]))
+        assert together is not None
+        y_TO = together(1, fused, weight_OI, x_TI)
+        for row in range(1, 17):
+            alone = adding.bind(lay_out(known, [(name, 1)]))
+            assert alone is not None
+            assert torch.equal(alone(1, fused, weight_OI, x_TI[row : row + 1])[0], y_TO[row]), row
+
+
 class BindingMachine(RuleBasedStateMachine):
     """Active sets come and go; after each bind every module's sum is right."""
 
