@@ -2,7 +2,9 @@
 #include "low_rank.h"
 #include "low_rank_blocks.h"
 
-#include <omp.h>
+static const pair_t *pairs_of(const low_rank_t *adds, int64_t row) {
+    return adds->segments[adds->segment_of[row]].pairs + adds->first;
+}
 
 void shrink_tiles(const low_rank_t *adds, const float *x, int64_t rows, int64_t in) {
     int64_t tiles = rows / TILE_ROWS;
@@ -10,7 +12,7 @@ void shrink_tiles(const low_rank_t *adds, const float *x, int64_t rows, int64_t 
     for (int64_t tile = 0; tile < tiles; tile++) {
         int64_t start = tile * TILE_ROWS;
         if (!fills_tile(adds, start, TILE_ROWS)) continue;
-        const pair_t *pair = adds->segments[adds->segment_of[start]].pairs + adds->first;
+        const pair_t *pair = pairs_of(adds, start);
         float *inner = adds->inner + start * adds->inner_stride;
         for (int64_t j = 0; j < adds->num_projections; inner += pair->rank, j++, pair++)
             for (int64_t t = 0; t < TILE_ROWS; t += ROWS)
@@ -20,28 +22,26 @@ void shrink_tiles(const low_rank_t *adds, const float *x, int64_t rows, int64_t 
 }
 
 int add_segment(const low_rank_t *adds, int64_t row, int64_t column, target_t *to) {
-    return add_pair(adds->segments[adds->segment_of[row]].pairs + adds->first, adds->outs,
+    return add_pair(pairs_of(adds, row), adds->outs,
                     adds->inner + row * adds->inner_stride, adds->inner_stride, column, to);
 }
 
 void expand_tile(const low_rank_t *adds, int64_t row, int64_t column, int64_t width, float *y,
                  int64_t y_stride) {
-    expand_columns(adds->segments[adds->segment_of[row]].pairs + adds->first, adds->outs,
+    expand_columns(pairs_of(adds, row), adds->outs,
                    adds->inner + row * adds->inner_stride, adds->inner_stride, column, width, y,
                    y_stride, TILE_ROWS);
 }
 
-int64_t next_lone_row(const low_rank_t *adds, int64_t row, int64_t rows, int64_t *number) {
-    for (; row < rows; row++) {
-        int64_t tile = row / TILE_ROWS * TILE_ROWS, left = rows - tile;
-        if (adds->segment_of[row] < 0) continue;
-        if (fills_tile(adds, tile, left < TILE_ROWS ? left : TILE_ROWS)) {
-            row = tile + TILE_ROWS - 1;
-            continue;
-        }
-        if ((*number)++ % omp_get_num_threads() == omp_get_thread_num()) break;
+int64_t list_lone_rows(const low_rank_t *adds, int64_t rows, int32_t *lone) {
+    int64_t number = 0;
+    for (int64_t tile = 0; tile < rows; tile += TILE_ROWS) {
+        int64_t end = tile + TILE_ROWS < rows ? tile + TILE_ROWS : rows;
+        if (fills_tile(adds, tile, end - tile)) continue;
+        for (int64_t row = tile; row < end; row++)
+            if (adds->segment_of[row] >= 0) lone[number++] = (int32_t)row;
     }
-    return row;
+    return number;
 }
 
 /* y += scale * (x a^T) b for one row, rank by rank, as tiles have it; `ranks` is a constant where this is
@@ -66,7 +66,7 @@ INLINE void add_row(const float *restrict x, float *restrict y, const float *res
 }
 
 void add_lone_row(const low_rank_t *adds, int64_t row, const float *x, float *y, int64_t in) {
-    const pair_t *pair = adds->segments[adds->segment_of[row]].pairs + adds->first;
+    const pair_t *pair = pairs_of(adds, row);
     for (int64_t j = 0; j < adds->num_projections; y += adds->outs[j++], pair++) {
         int64_t r = 0, out = adds->outs[j];
         float scale = (float)pair->scale;
@@ -79,15 +79,13 @@ void add_lone_row(const low_rank_t *adds, int64_t row, const float *x, float *y,
     }
 }
 
-int64_t begin_coming(coming_t *coming, const low_rank_t *adds, int64_t rows, int64_t in) {
-    int64_t floats = 0, number = 0, row = -1;
-    while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows) {
-        const pair_t *pair = adds->segments[adds->segment_of[row]].pairs + adds->first;
+int64_t begin_coming(coming_t *coming, const low_rank_t *adds, const int32_t *lone, int64_t number,
+                     int64_t in) {
+    int64_t floats = 0;
+    for (int64_t i = 0; i < number; i++)
         for (int64_t j = 0; j < adds->num_projections; j++)
-            floats += pair[j].rank * (in + adds->outs[j]);
-    }
-    *coming = (coming_t){.adds = adds, .rows = rows, .in = in, .row = -1};
-    coming->piece = 2 * adds->num_projections;
+            floats += pairs_of(adds, lone[i])[j].rank * (in + adds->outs[j]);
+    *coming = (coming_t){.adds = adds, .lone = lone, .number = number, .in = in};
     return floats;
 }
 
@@ -95,14 +93,8 @@ int64_t begin_coming(coming_t *coming, const low_rank_t *adds, int64_t rows, int
 static int next_run(coming_t *coming) {
     const low_rank_t *adds = coming->adds;
     int64_t n = adds->num_projections;
-    for (coming->at = coming->end = NULL;;) {
-        if (coming->piece == 2 * n) {
-            if (coming->at) return 1;
-            coming->row = next_lone_row(adds, coming->row + 1, coming->rows, &coming->index);
-            if (coming->row >= coming->rows) return 0;
-            coming->piece = 0;
-        }
-        const pair_t *pair = adds->segments[adds->segment_of[coming->row]].pairs + adds->first;
+    for (coming->at = coming->end = NULL; coming->number;) {
+        const pair_t *pair = pairs_of(adds, *coming->lone);
         int64_t j = coming->piece % n, is_b = coming->piece >= n;
         const float *from = is_b ? pair[j].b : pair[j].a;
         int64_t floats = pair[j].rank * (is_b ? adds->outs[j] : coming->in);
@@ -111,8 +103,12 @@ static int next_run(coming_t *coming) {
             if (!coming->at) coming->at = from;
             coming->end = from + floats;
         }
-        coming->piece++;
+        if (++coming->piece == 2 * n) {
+            coming->piece = 0, coming->lone++, coming->number--;
+            if (coming->at) return 1;
+        }
     }
+    return 0;
 }
 
 int64_t next_coming(coming_t *coming, int64_t floats, const float **from) {
@@ -128,6 +124,8 @@ int64_t next_coming(coming_t *coming, int64_t floats, const float **from) {
 void add_low_rank(const low_rank_t *adds, const float *x, float *y, int64_t rows, int64_t in,
                   int64_t out, int num_threads) {
     int64_t count = (out + TILE_WIDTH - 1) / TILE_WIDTH, tiles = rows / TILE_ROWS;
+    int32_t lone[rows + 1];
+    int64_t num_lone = list_lone_rows(adds, rows, lone);
 #pragma omp parallel num_threads(num_threads)
     {
         shrink_tiles(adds, x, rows, in);
@@ -139,8 +137,8 @@ void add_low_rank(const low_rank_t *adds, const float *x, float *y, int64_t rows
                 expand_tile(adds, row, column, left < TILE_WIDTH ? left : TILE_WIDTH,
                             y + row * out + column, out);
         }
-        int64_t number = 0, row = -1;
-        while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows)
-            add_lone_row(adds, row, x + row * in, y + row * out, in);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < num_lone; i++)
+            add_lone_row(adds, lone[i], x + lone[i] * in, y + lone[i] * out, in);
     }
 }

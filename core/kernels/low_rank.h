@@ -41,22 +41,23 @@ void shrink_all(const increments_t *incs, const float *x, int64_t rows, int64_t 
 void expand_rows(const increments_t *incs, int64_t row, int64_t rows, int64_t column, int64_t width,
                  float *y, int64_t y_stride);
 
-/* Lone rows are dealt to the threads in turns: the first of this thread from `row` on, or `rows`.
- * `number` counts them, from 0. */
-int64_t next_lone_row(const low_rank_t *adds, int64_t row, int64_t rows, int64_t *number);
+/* The lone rows, in order; returns how many there are. */
+int64_t list_lone_rows(const low_rank_t *adds, int64_t rows, int32_t *lone);
 
 /* Let a lone row have its gains and everything that is added; x and y are where it begins. */
 void add_lone_row(const low_rank_t *adds, int64_t row, const float *x, float *y, int64_t in);
 
-/* The factors of this thread's lone rows, run by run. */
+/* The factors of some lone rows, run by run. */
 typedef struct {
     const low_rank_t *adds;
-    int64_t rows, in, row, piece, index;
+    const int32_t *lone;
+    int64_t number, in, piece;
     const float *at, *end;
 } coming_t;
 
-/* Begin; returns how many floats there are. */
-int64_t begin_coming(coming_t *coming, const low_rank_t *adds, int64_t rows, int64_t in);
+/* Begin with the first `number` rows of `lone`; returns how many floats there are. */
+int64_t begin_coming(coming_t *coming, const low_rank_t *adds, const int32_t *lone, int64_t number,
+                     int64_t in);
 
 /* The next at most `floats` of them; returns how many, 0 at the end. */
 int64_t next_coming(coming_t *coming, int64_t floats, const float **from);

@@ -121,6 +121,19 @@ typedef struct {
     int64_t floats_left, passes_left;
 } sweep_t;
 
+/* The lone rows of a product, in the order in which threads take them. */
+typedef struct {
+    const int32_t *rows;
+    int64_t number;
+    share_t *shares;
+} lone_t;
+
+/* The next one for this thread, its own share first; -1 when there is none. */
+static int64_t next_lone_row(const lone_t *lone, int num_threads) {
+    int64_t direction, i = next_item(lone->shares, num_threads, &direction);
+    return i < 0 ? i : lone->rows[i];
+}
+
 /* Room for `floats` that stays the thread's; NULL when there is no memory. */
 static float *room_of_thread(int64_t floats) {
     static _Thread_local float *room;
@@ -167,7 +180,8 @@ static digits_t split_rows(const float *x, int64_t rows, int64_t in, float *room
 
 /* Begin, in all threads of a region; `room` is what `room_for_digits` gave. */
 static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
-                           const increments_t *incs, const low_rank_t *adds, float *room) {
+                           const increments_t *incs, const low_rank_t *adds, const lone_t *lone,
+                           float *room) {
     int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, threads = omp_get_num_threads();
     sweep_t s = {w, x, incs, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
     s.halves = w->half < w->out ? 2 : 1;
@@ -178,7 +192,11 @@ static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
     if (room || s.is_kept) s.widened = room_of_thread(s.halves * s.panel_room);
     if (room) s.digits = split_rows(x, rows, w->in, room);
     s.in_digits = room && s.widened;
-    s.floats_left = adds ? begin_coming(&s.coming, adds, rows, w->in) : 0;
+    if (lone->number) {
+        int64_t own = omp_get_thread_num(), first = lone->number * own / threads;
+        s.floats_left = begin_coming(&s.coming, adds, lone->rows + first,
+                                     lone->number * (own + 1) / threads - first, w->in);
+    }
     s.passes_left = (num_panels(w->half, w->out) + threads - 1) / threads * passes;
     if (incs) shrink_all(incs, x, rows, w->in);
     if (adds && any_fills_tile(adds, rows)) shrink_tiles(adds, x, rows, w->in);
@@ -249,19 +267,21 @@ void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
                      const increments_t *incs, const low_rank_t *adds, int num_threads) {
     int64_t in = w->in, out = w->out;
     float *room = room_for_digits(w, rows, num_threads);
-    share_t shares[num_threads];
+    share_t shares[num_threads], lone_shares[num_threads];
+    int32_t lone_rows[rows + 1];
+    lone_t lone = {lone_rows, adds ? list_lone_rows(adds, rows, lone_rows) : 0, lone_shares};
     share_out(shares, num_panels(w->half, out), num_threads);
+    share_out(lone_shares, lone.number, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, room);
+        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, &lone, room);
         for (int64_t i; (i = next_item(shares, num_threads, &sweep.direction)) >= 0;)
             for (int64_t p = 0; p < sweep.passes; p++)
                 pass_over(&sweep, i, p,
                           y + row_of_pass(&sweep, p) * out + columns_of(i, w->half, out).start, out);
-        if (adds) {
+        if (lone.number) {
 #pragma omp barrier
-            int64_t number = 0, row = -1;
-            while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows)
+            for (int64_t row; (row = next_lone_row(&lone, num_threads)) >= 0;)
                 add_lone_row(adds, row, x + row * in, y + row * out, in);
         }
     }
@@ -281,11 +301,14 @@ void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float
                            const increments_t *incs, const low_rank_t *adds, int num_threads) {
     int64_t in = w->in, out = w->out, half = w->half, first = panels_for(half);
     float *room = room_for_digits(w, rows, num_threads);
-    share_t shares[num_threads];
+    share_t shares[num_threads], lone_shares[num_threads];
+    int32_t lone_rows[rows + 1];
+    lone_t lone = {lone_rows, adds ? list_lone_rows(adds, rows, lone_rows) : 0, lone_shares};
     share_out(shares, first, num_threads);
+    share_out(lone_shares, lone.number, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, room);
+        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, &lone, room);
         float gate[TILE_ROWS * TILE_WIDTH], up[TILE_ROWS * TILE_WIDTH];
         for (int64_t i; (i = next_item(shares, num_threads, &sweep.direction)) >= 0;) {
             columns_t columns = columns_of(2 * i, half, out);
@@ -306,10 +329,9 @@ void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float
                 activate_tile(gate, up, y + r * half + columns.start, half, tile, columns.width);
             }
         }
-        if (adds) {
+        if (lone.number) {
 #pragma omp barrier
-            int64_t number = 0, row = -1;
-            while ((row = next_lone_row(adds, row + 1, rows, &number)) < rows) {
+            for (int64_t row; (row = next_lone_row(&lone, num_threads)) >= 0;) {
                 float *to = both + row * out;
                 add_lone_row(adds, row, x + row * in, to, in);
                 silu_row(to, to + half, y + row * half, half);
