@@ -1,13 +1,17 @@
-"""Reading JSON bodies with a cap. Knows nothing of what is in them."""
+"""Reading bodies with caps on size and patience. Knows nothing of what is in them."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 
 from serving.http.errors import ApiError
+
+PATIENCE_SECONDS = 60.0  # for the next piece of a body
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -36,7 +40,7 @@ def too_large(max_bytes: int) -> ApiError:
 
 
 async def read_json(request: Request, model: type[Body], max_bytes: int) -> Body:
-    """The body as `model`. Raises ApiError 413 or 415, or pydantic's ValidationError."""
+    """The body as `model`. Raises ApiError 408, 413 or 415, or pydantic's ValidationError."""
     if media_type(request) != "application/json":
         raise ApiError(
             415,
@@ -48,10 +52,26 @@ async def read_json(request: Request, model: type[Body], max_bytes: int) -> Body
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is over `max_bytes`."""
+    """The whole body. Raises ApiError 413 as soon as it is over `max_bytes`, and 408."""
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in pieces_of(request):
         body += chunk
         if len(body) > max_bytes:
             raise too_large(max_bytes)
     return bytes(body)
+
+
+async def pieces_of(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises ApiError 408 when nothing comes for PATIENCE_SECONDS."""
+    pieces = aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                piece = await anext(pieces)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise ApiError(
+                408, f"no more of the body came for {PATIENCE_SECONDS:g} seconds", "body_timeout"
+            ) from None
+        yield piece

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -31,6 +31,8 @@ from serving.http.uploads import (
 )
 
 _MAX_CONCURRENT_ADDS = 2  # each holds a whole adapter in memory
+_MAX_SPOOLED = 8  # uploads in the spool directory; the bodies of others wait unread
+_MAX_HELD = 64  # small ones in memory, likewise
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -41,6 +43,7 @@ def adapters_router(services: Services) -> APIRouter:
     admin = [Depends(admin_guard(access))]
     reader = [Depends(inference_guard(access))]
     registrar = _Registrar(services)
+    spooled, held = asyncio.Semaphore(_MAX_SPOOLED), asyncio.Semaphore(_MAX_HELD)
 
     described = upload_or_json_body(FILES_FIELD, AdapterSource)
 
@@ -52,12 +55,14 @@ def adapters_router(services: Services) -> APIRouter:
             directory = _under(root, body.source)
             return await registrar.register_directory(body.id, directory, body.replace, root)
         if is_small(request):
-            small = await receive_small_upload(request, access.max_upload_bytes)
-            return await registrar.register_small(small)
-        with tempfile.TemporaryDirectory(prefix="vbserve-", dir=access.spool_directory) as spool:
-            fields = await receive_upload(request, Path(spool), access.max_upload_bytes)
-            adapter_id, replace = _upload_fields(fields)
-            return await registrar.register_directory(adapter_id, Path(spool), replace, None)
+            async with held:
+                small = await receive_small_upload(request, access.max_upload_bytes)
+                return await registrar.register_small(small)
+        async with spooled:
+            with TemporaryDirectory(prefix="vbserve-", dir=access.spool_directory) as spool:
+                fields = await receive_upload(request, Path(spool), access.max_upload_bytes)
+                adapter_id, replace = _upload_fields(fields)
+                return await registrar.register_directory(adapter_id, Path(spool), replace, None)
 
     @router.get("/v1/adapters", dependencies=reader)
     async def list_adapters() -> Response:

@@ -17,7 +17,13 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from serving.http.bodies import announced_bytes, read_body, refuse_announced, too_large
+from serving.http.bodies import (
+    announced_bytes,
+    pieces_of,
+    read_body,
+    refuse_announced,
+    too_large,
+)
 from serving.http.errors import ApiError
 from serving.http.upload_files import DirectoryFiles, MemoryFiles, UploadFile, UploadFiles
 
@@ -66,15 +72,15 @@ async def receive_small_upload(request: Request, max_file_bytes: int) -> SmallUp
 async def receive_upload(request: Request, directory: Path, max_file_bytes: int) -> dict[str, str]:
     """Write the parts named `files` into `directory`; return the other fields.
 
-    Raises ApiError: 400 for a broken body, 413 over `max_file_bytes` in all files together, 422
-    for a file name that is no plain name or comes twice.
+    Raises ApiError: 400 for a broken body, 408 for one that stops coming, 413 over `max_file_bytes`
+    in all files together, 422 for a file name that is no plain name or comes twice.
     """
     max_body_bytes = max_file_bytes + _MAX_OVERHEAD_BYTES
     refuse_announced(request, max_body_bytes)
     receiver = _Receiver(_boundary(request), DirectoryFiles(directory), max_file_bytes)
     num_bytes = 0
     try:
-        async for chunk in _in_blocks(request.stream()):
+        async for chunk in _in_blocks(pieces_of(request)):
             num_bytes += len(chunk)
             if num_bytes > max_body_bytes:
                 raise too_large(max_body_bytes)

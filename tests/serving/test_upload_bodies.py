@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
@@ -11,6 +12,7 @@ from http_client import client_of
 from uploading import ADAPTERS, error_of, files_of, upload
 
 from adapters.store import AdapterStore
+from serving.http import bodies
 from serving.http.services import Services
 
 MULTIPART = {"content-type": "multipart/form-data; boundary=frontier"}
@@ -117,3 +119,56 @@ async def test_refusals_do_not_depend_on_how_a_body_comes(services, name):
         spooled = await send_in_pieces(client, request)
     assert in_memory.is_client_error
     assert (in_memory.status_code, in_memory.json()) == (spooled.status_code, spooled.json())
+
+
+FIRST_PIECE = (
+    b'--frontier\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nx'
+)
+
+
+@pytest.mark.parametrize(("num_uploads", "announced", "most"), [(20, False, 8), (100, True, 64)])
+async def test_the_bodies_of_too_many_uploads_wait_unread(
+    services, tmp_path, num_uploads, announced, most
+):
+    go_on = asyncio.Event()
+    begun = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal begun
+        begun += 1
+        yield FIRST_PIECE
+        await go_on.wait()
+
+    headers = MULTIPART | ({"content-length": "1000"} if announced else {})
+    async with client_of(services, spool_directory=tmp_path) as client:
+        posts = [
+            asyncio.create_task(client.post(ADAPTERS, content=body(), headers=headers))
+            for _ in range(num_uploads)
+        ]
+        await asyncio.sleep(1)
+        assert begun == most
+        go_on.set()
+        responses = await asyncio.gather(*posts)
+    assert begun == num_uploads
+    assert {error_of(response)["code"] for response in responses} == {"invalid_multipart"}
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("path", [ADAPTERS, "/v1/completions"])
+async def test_a_body_that_stops_coming(services, tmp_path, monkeypatch, announced, path):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    monkeypatch.setattr(bodies, "PATIENCE_SECONDS", 0.1)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield FIRST_PIECE
+        await asyncio.sleep(60)
+
+    headers = MULTIPART if path == ADAPTERS else {"content-type": "application/json"}
+    headers = headers | ({"content-length": "1000"} if announced else {})
+    async with client_of(services, spool_directory=spool) as client:
+        response = await client.post(path, content=body(), headers=headers)
+        assert response.status_code == 408
+        assert error_of(response)["code"] == "body_timeout"
+        assert "0.1 seconds" in error_of(response)["message"]
+    assert list(spool.iterdir()) == []
