@@ -25,6 +25,7 @@ from serving.http.services import Services
 from serving.http.uploads import (
     FILES_FIELD,
     SmallUpload,
+    check_headers,
     is_small,
     receive_small_upload,
     receive_upload,
@@ -54,6 +55,7 @@ def adapters_router(services: Services) -> APIRouter:
             root = _allowed_root(access.allowed_source_root)
             directory = _under(root, body.source)
             return await registrar.register_directory(body.id, directory, body.replace, root)
+        check_headers(request, access.max_upload_bytes)
         if is_small(request):
             async with held:
                 small = await receive_small_upload(request, access.max_upload_bytes)

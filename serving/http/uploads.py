@@ -61,12 +61,19 @@ class SmallUpload(NamedTuple):
         return receiver.finish(), files.contents()
 
 
+def check_headers(request: Request, max_file_bytes: int) -> None:
+    """Raise the ApiErrors that need nothing of the body: 400 for no boundary, 413 for its size.
+
+    To be called before a body is received, and before it has to wait for that.
+    """
+    refuse_announced(request, max_file_bytes + _MAX_OVERHEAD_BYTES)
+    _boundary(request)
+
+
 async def receive_small_upload(request: Request, max_file_bytes: int) -> SmallUpload:
     """All of a body that `is_small`. Raises ApiError as `receive_upload` does."""
-    max_body_bytes = max_file_bytes + _MAX_OVERHEAD_BYTES
-    refuse_announced(request, max_body_bytes)
-    boundary = _boundary(request)
-    return SmallUpload(boundary, await read_body(request, max_body_bytes), max_file_bytes)
+    body = await read_body(request, max_file_bytes + _MAX_OVERHEAD_BYTES)
+    return SmallUpload(_boundary(request), body, max_file_bytes)
 
 
 async def receive_upload(request: Request, directory: Path, max_file_bytes: int) -> dict[str, str]:
@@ -76,7 +83,6 @@ async def receive_upload(request: Request, directory: Path, max_file_bytes: int)
     in all files together, 422 for a file name that is no plain name or comes twice.
     """
     max_body_bytes = max_file_bytes + _MAX_OVERHEAD_BYTES
-    refuse_announced(request, max_body_bytes)
     receiver = _Receiver(_boundary(request), DirectoryFiles(directory), max_file_bytes)
     num_bytes = 0
     try:

@@ -147,6 +147,12 @@ async def test_the_bodies_of_too_many_uploads_wait_unread(
         ]
         await asyncio.sleep(1)
         assert begun == most
+        async with asyncio.timeout(5):  # what headers tell needs no waiting
+            too_large = await client.post(
+                ADAPTERS, content=body(), headers=MULTIPART | {"content-length": str(2**50)}
+            )
+        assert too_large.status_code == 413
+        assert begun == most
         go_on.set()
         responses = await asyncio.gather(*posts)
     assert begun == num_uploads
