@@ -29,7 +29,7 @@ class CompiledLinear:
         self._packed = packed  # `matrix` holds their addresses
         self._multiply = library.multiply
         self._multiply.argtypes = [POINTER(Matrix), *[c_void_p] * 2, c_int64]
-        self._multiply.argtypes += [POINTER(Increments), POINTER(LowRank), c_int]
+        self._multiply.argtypes += [POINTER(Increments), POINTER(LowRank), c_void_p, c_int]
 
     def shares_storage_with(self, tensor: Tensor) -> bool:
         """Never: the packed form is a copy."""
@@ -48,6 +48,7 @@ class CompiledLinear:
             len(x_TI),
             None if increments is None else byref(increments),
             None if adds is None else byref(adds),
+            None,
             torch.get_num_threads(),
         )
         if failed:

@@ -1,6 +1,8 @@
 /* What the files offer each other. All matrices are row-major. */
 #pragma once
 
+#include "kv_ahead.h"
+
 #include <stdint.h>
 
 /* How a panel has its weights: in fp32, or as packed.h says in fewer bits. */
@@ -64,20 +66,23 @@ typedef struct {
     int64_t start, end, before;
 } span_t;
 
-/* y[rows, out] = x[rows, in] w^T, plus `incs` and what adapters add, where those are given. Returns
- * 0, or 1 when there is no memory. */
+/* y[rows, out] = x[rows, in] w^T, plus `incs` and what adapters add, where those are given. Where `kv` is
+ * given, some of it is fetched meanwhile. Returns 0, or 1 when there is no memory. */
 int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const increments_t *incs,
-             const low_rank_t *adds, int num_threads);
+             const low_rank_t *adds, const kv_ahead_t *kv, int num_threads);
 
 /* y[rows, out / 2] = silu(gate) * up of both halves of what `multiply` gives; `both` [rows, out] is
  * room. */
 int multiply_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
-                   const increments_t *incs, const low_rank_t *adds, int num_threads);
+                   const increments_t *incs, const low_rank_t *adds, const kv_ahead_t *kv,
+                   int num_threads);
 
 void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
-                     const increments_t *incs, const low_rank_t *adds, int num_threads);
+                     const increments_t *incs, const low_rank_t *adds, const kv_ahead_t *kv,
+                     int num_threads);
 void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
-                           const increments_t *incs, const low_rank_t *adds, int num_threads);
+                           const increments_t *incs, const low_rank_t *adds, const kv_ahead_t *kv,
+                           int num_threads);
 int multiply_int8(const matrix_t *w, const float *x, float *y, int64_t rows, int num_threads);
 int argmax_rows(const head_t *head, const float *x, int64_t rows, int64_t *tokens, int num_threads);
 int can_argmax(void);

@@ -43,9 +43,9 @@ enum { QKV, OUT, GATE_UP, DOWN };
 static const int64_t first_projection[] = {0, 3, 4, 6, NUM_PROJECTIONS};
 
 int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const increments_t *incs,
-             const low_rank_t *adds, int num_threads) {
+             const low_rank_t *adds, const kv_ahead_t *kv, int num_threads) {
     if (w->terms == 0) {
-        multiply_panels(w, x, y, rows, incs, adds, num_threads);
+        multiply_panels(w, x, y, rows, incs, adds, kv, num_threads);
         return 0;
     }
     if (multiply_int8(w, x, y, rows, num_threads)) return 1;
@@ -55,12 +55,13 @@ int multiply(const matrix_t *w, const float *x, float *y, int64_t rows, const in
 }
 
 int multiply_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
-                   const increments_t *incs, const low_rank_t *adds, int num_threads) {
+                   const increments_t *incs, const low_rank_t *adds, const kv_ahead_t *kv,
+                   int num_threads) {
     if (w->terms == 0) {
-        multiply_panels_gated(w, x, both, y, rows, incs, adds, num_threads);
+        multiply_panels_gated(w, x, both, y, rows, incs, adds, kv, num_threads);
         return 0;
     }
-    int failed = multiply(w, x, both, rows, incs, adds, num_threads);
+    int failed = multiply(w, x, both, rows, incs, adds, kv, num_threads);
     silu_mul(both, y, rows, w->half, num_threads);
     return failed;
 }
@@ -124,6 +125,17 @@ static void keep_wanted(const step_t *s, const room_t *room, int64_t hidden, int
     name_segments(room, s->num_segments, s->num_wanted);
 }
 
+#define FEW_DECODES 2 /* so few rows' products wait for memory themselves */
+
+/* Begin to fetch what the decodes of `layer` will attend to; NULL where that is not worth it. */
+static const kv_ahead_t *begin_kv_of(const model_t *m, const step_t *s, int64_t layer, kv_ahead_t *kv,
+                                     int num_threads) {
+    if (layer == m->num_layers || s->num_decodes <= FEW_DECODES) return NULL;
+    kv->keys = m->keys + layer * m->kv_stride, kv->values = m->values + layer * m->kv_stride;
+    begin_kv(kv, s->num_decodes, num_threads);
+    return kv;
+}
+
 static int attend_all(const model_t *m, const step_t *s, const float *query, int64_t layer,
                       int64_t stride, float *out, int num_threads) {
     const float *keys = m->keys + layer * m->kv_stride, *values = m->values + layer * m->kv_stride;
@@ -147,6 +159,11 @@ int run_layers(const model_t *m, const step_t *s, int num_threads) {
     float *normed = room.normed, *wide = room.wide, *mixed = room.mixed, *delta = room.delta;
     float eps = (float)m->eps;
     int failed = 0;
+    kv_place_t places[num_threads];
+    kv_ahead_t room_of_kv = {.pages = s->decode_pages, .lengths = s->decode_lengths,
+                             .max_pages = s->decode_max_pages, .page_size = m->page_size,
+                             .kv_width = m->num_kv_heads * m->head_dim, .places = places};
+    const kv_ahead_t *kv = NULL;
     if (s->num_segments)
         memcpy(room.segments, s->segments, s->num_segments * sizeof(segment_t));
     name_segments(&room, s->num_segments, rows);
@@ -165,7 +182,7 @@ int run_layers(const model_t *m, const step_t *s, int num_threads) {
                                      m->most_ranks, room.own_inner};
             inc[i] = layer->increments ? &incs[i] : NULL;
         }
-        failed |= multiply(&layer->qkv, normed, wide, rows, inc[QKV], add[QKV], num_threads);
+        failed |= multiply(&layer->qkv, normed, wide, rows, inc[QKV], add[QKV], kv, num_threads);
         rotate_and_store(wide, s->cosines, s->sines, s->slots, m->keys + l * m->kv_stride,
                          m->values + l * m->kv_stride, rows, m->num_heads, m->num_kv_heads,
                          m->head_dim, num_threads);
@@ -174,11 +191,14 @@ int run_layers(const model_t *m, const step_t *s, int num_threads) {
             rows = s->num_wanted;
             keep_wanted(s, &room, hidden, layer->o.in);
         }
-        failed |= multiply(&layer->o, mixed, delta, rows, inc[OUT], add[OUT], num_threads);
+        failed |= multiply(&layer->o, mixed, delta, rows, inc[OUT], add[OUT], NULL,
+                           num_threads);
         rms_norm(s->x, delta, layer->post_attention_norm, normed, rows, hidden, eps, num_threads);
+        kv = begin_kv_of(m, s, l + 1, &room_of_kv, num_threads);
         failed |= multiply_gated(&layer->gate_up, normed, wide, mixed, rows, inc[GATE_UP],
-                                 add[GATE_UP], num_threads);
-        failed |= multiply(&layer->down, mixed, delta, rows, inc[DOWN], add[DOWN], num_threads);
+                                 add[GATE_UP], kv, num_threads);
+        failed |= multiply(&layer->down, mixed, delta, rows, inc[DOWN], add[DOWN], kv,
+                           num_threads);
         rms_norm(s->x, delta, is_last ? m->last_norm : layer[1].input_norm,
                  is_last ? s->out : normed, rows, hidden, eps, num_threads);
     }

@@ -104,14 +104,15 @@ static int has_lone_row(const low_rank_t *adds, int64_t row, int64_t rows) {
  * A panel is read from memory once and then used from the cache for all rows. With one pass over it
  * its own next features are fetched ahead; with several, each pass fetches its share of the next
  * panel, so that memory is read all the time and not only in first passes. What increments and
- * adapters add to a tile goes there while it is in the cache; the last passes fetch the factors of lone rows. Where
- * there are several, a packed panel is widened into `widened` by the first, or before it; where rows are in
- * digits, it is unpacked there. */
+ * adapters add to a tile goes there while it is in the cache; the last passes fetch the factors of lone rows, those
+ * before them keys and values. Where there are several, a packed panel is widened into `widened` by the first,
+ * or before it; where rows are in digits, it is unpacked there. */
 typedef struct {
     const matrix_t *w;
     const float *x;
     const increments_t *incs;
     const low_rank_t *adds;
+    const kv_ahead_t *kv;
     int64_t rows, passes, halves, lots, lines, direction, panel_words, panel_room;
     int is_kept; /* a panel, widened or unpacked */
     float *widened;
@@ -181,9 +182,11 @@ static digits_t split_rows(const float *x, int64_t rows, int64_t in, float *room
 /* Begin, in all threads of a region; `room` is what `room_for_digits` gave. */
 static sweep_t begin_sweep(const matrix_t *w, const float *x, int64_t rows,
                            const increments_t *incs, const low_rank_t *adds, const lone_t *lone,
-                           float *room) {
+                           const kv_ahead_t *kv, float *room) {
     int64_t passes = (rows + TILE_ROWS - 1) / TILE_ROWS, threads = omp_get_num_threads();
-    sweep_t s = {w, x, incs, adds, rows, passes, .lots = (w->in + TILE_STEP - 1) / TILE_STEP};
+    sweep_t s = {w, x, incs, adds, .rows = rows, .passes = passes};
+    s.kv = w->form ? kv : NULL; /* panels of fp32 need the memory themselves */
+    s.lots = (w->in + TILE_STEP - 1) / TILE_STEP;
     s.halves = w->half < w->out ? 2 : 1;
     s.panel_words = words_of_panel(w->in, w->form);
     s.is_kept = room ? !is_one_tile(rows) : widens(w->form, rows);
@@ -225,12 +228,14 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
     int64_t fetched = pass * lots * s->lines * LINE;
     columns_t columns = columns_of(panel, s->w->half, s->w->out);
     ahead_t panels = {at + distance + fetched, fetched < s->panel_words ? s->lines : 0};
-    ahead_t factors = NOTHING;
+    ahead_t others = NOTHING;
+    int64_t floats = 0;
     if (s->floats_left && s->passes_left-- * room < s->floats_left + 2 * room) {
-        int64_t floats = next_coming(&s->coming, room, &factors.at);
-        factors.lines = (floats + lots * LINE - 1) / (lots * LINE);
+        floats = next_coming(&s->coming, room, &others.at);
         s->floats_left -= floats;
-    }
+    } else if (s->kv)
+        floats = next_kv(s->kv, lots * KV_LINES * LINE, &others.at);
+    others.lines = (floats + lots * LINE - 1) / (lots * LINE);
     float *widened = s->widened ? s->widened + panel % s->halves * s->panel_room : NULL;
     const float *x = s->x + r * in;
     target_t to = {y, y_stride, columns.width, 0, {{NULL}}};
@@ -242,29 +247,30 @@ static void pass_over(sweep_t *s, int64_t panel, int64_t pass, float *y, int64_t
     if (s->in_digits) {
         int64_t tiles = rows > DIGIT_ROWS ? 2 : 1, lots_in_block = BLOCK / TILE_STEP;
         panels.lines = is_one_tile(s->rows) ? 0 : (panels.lines * lots_in_block + tiles - 1) / tiles;
-        factors.lines = (factors.lines * lots_in_block + tiles - 1) / tiles;
+        others.lines = (others.lines * lots_in_block + tiles - 1) / tiles;
         multiply_digits(&s->digits, r, pass ? NULL : (const uint32_t *)at, widened,
-                        !is_one_tile(s->rows), rows, &to, panels, factors);
+                        !is_one_tile(s->rows), rows, &to, panels, others);
     } else if (widened && (pass > 0 || widens_apart))
-        multiply_rows(x, in, widened, in, rows, &to, panels, factors);
+        multiply_rows(x, in, widened, in, rows, &to, panels, others);
     else if (s->w->form) {
         /* One pass alone fetches what comes next of the panel itself. */
         panels.lines *= s->passes > 1 ? BLOCK / TILE_STEP : 0;
-        factors.lines *= BLOCK / TILE_STEP;
+        others.lines *= BLOCK / TILE_STEP;
         multiply_packed(x, in, (const uint32_t *)at, in, rows, &to, s->w->form, widened, panels,
-                        factors);
+                        others);
     } else if (s->passes == 1 && rows <= STREAM_ROWS && s->w->shared)
-        stream_rows(x, in, at, in, rows, &to, factors, AGAIN);
+        stream_rows(x, in, at, in, rows, &to, others, AGAIN);
     else if (s->passes == 1 && rows <= STREAM_ROWS)
-        stream_rows(x, in, at, in, rows, &to, factors, ONCE);
+        stream_rows(x, in, at, in, rows, &to, others, ONCE);
     else
-        multiply_rows(x, in, at, in, rows, &to, panels, factors);
+        multiply_rows(x, in, at, in, rows, &to, panels, others);
     if (late_incs) expand_rows(s->incs, r, rows, columns.start, columns.width, y, y_stride);
     if (late_adds) expand_tile(s->adds, r, columns.start, columns.width, y, y_stride);
 }
 
 void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
-                     const increments_t *incs, const low_rank_t *adds, int num_threads) {
+                     const increments_t *incs, const low_rank_t *adds, const kv_ahead_t *kv,
+                     int num_threads) {
     int64_t in = w->in, out = w->out;
     float *room = room_for_digits(w, rows, num_threads);
     share_t shares[num_threads], lone_shares[num_threads];
@@ -274,7 +280,7 @@ void multiply_panels(const matrix_t *w, const float *x, float *y, int64_t rows,
     share_out(lone_shares, lone.number, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, &lone, room);
+        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, &lone, kv, room);
         for (int64_t i; (i = next_item(shares, num_threads, &sweep.direction)) >= 0;)
             for (int64_t p = 0; p < sweep.passes; p++)
                 pass_over(&sweep, i, p,
@@ -298,7 +304,8 @@ static void activate_tile(const float *gate, const float *up, float *y, int64_t 
 /* Both halves of a tile are activated while they are in the cache; lone rows, which lack something
  * then, when they have it. */
 void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float *y, int64_t rows,
-                           const increments_t *incs, const low_rank_t *adds, int num_threads) {
+                           const increments_t *incs, const low_rank_t *adds, const kv_ahead_t *kv,
+                           int num_threads) {
     int64_t in = w->in, out = w->out, half = w->half, first = panels_for(half);
     float *room = room_for_digits(w, rows, num_threads);
     share_t shares[num_threads], lone_shares[num_threads];
@@ -308,7 +315,7 @@ void multiply_panels_gated(const matrix_t *w, const float *x, float *both, float
     share_out(lone_shares, lone.number, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, &lone, room);
+        sweep_t sweep = begin_sweep(w, x, rows, incs, adds, &lone, kv, room);
         float gate[TILE_ROWS * TILE_WIDTH], up[TILE_ROWS * TILE_WIDTH];
         for (int64_t i; (i = next_item(shares, num_threads, &sweep.direction)) >= 0;) {
             columns_t columns = columns_of(2 * i, half, out);

@@ -50,6 +50,7 @@ def multiply_gated(
         num_rows,
         None if increments is None else byref(increments),
         None if adds is None else byref(adds),
+        None,
         torch.get_num_threads(),
     )
     assert not failed
@@ -86,7 +87,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "add_low_rank": [POINTER(LowRank)] + [c_void_p] * 2 + [c_int64] * 3 + [c_int],
     "multiply_gated": [POINTER(Matrix)]
     + [c_void_p] * 3
-    + [c_int64, POINTER(Increments), POINTER(LowRank), c_int],
+    + [c_int64, POINTER(Increments), POINTER(LowRank), c_void_p, c_int],
 }
 
 
