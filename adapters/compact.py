@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import safetensors.torch
@@ -227,7 +227,7 @@ class CompactBlob:
     def join(self, model: ModelConfig, bank: Bank | None) -> CompactAdapter:
         """The compact form over `model`'s geometry. Raises MalformedAdapterError."""
         try:
-            modules = _decode_modules(self.metadata["modules"], model)
+            modules = _decode_modules(_canonical_json(self.metadata["modules"]), model)
             if self.metadata["kind"] == CompactLoRA.kind:
                 values, gains = self.tensors["values"], self.tensors.get("gains")
                 return CompactLoRA(self.base_fingerprint, modules, values, gains)
@@ -263,10 +263,11 @@ def _encode_modules(modules: Sequence[ModuleSpec]) -> list[dict[str, Any]]:
     ]
 
 
-def _decode_modules(encoded: Any, model: ModelConfig) -> tuple[ModuleSpec, ...]:
+@lru_cache(maxsize=64)  # adapters of one kind have the same, and there are hundreds of modules
+def _decode_modules(encoded: str, model: ModelConfig) -> tuple[ModuleSpec, ...]:
     specs = [
         module_spec(ModuleKey(layer, projection), group["rank"], float(group["scale"]), model)
-        for group in encoded
+        for group in json.loads(encoded)
         for projection, layers in group["layers"].items()
         for layer in layers
     ]

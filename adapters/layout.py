@@ -10,9 +10,14 @@ Shape legend: R rank, I input features, O output features.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from core.factors import PROJECTIONS, ModuleKey
+from core.flat_factors import PLACE, FlatLayout
 from core.model_config import ModelConfig
 
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -56,6 +61,20 @@ def factor_order(specs: Sequence[ModuleSpec]) -> Iterator[tuple[ModuleSpec, Side
         yield from ((spec, "a") for spec in specs[start:end])
         yield from ((spec, "b") for spec in specs[start:end])
         start = end
+
+
+@lru_cache(maxsize=64)
+def flat_layout(specs: tuple[ModuleSpec, ...]) -> FlatLayout:
+    """The places of all factors of `specs`, which are in layout order."""
+    row_of = {spec.key: row for row, spec in enumerate(specs)}
+    places = np.zeros(len(specs), dtype=PLACE)
+    order = list(factor_order(specs))
+    starts = accumulate((spec.num_values(side) for spec, side in order), initial=0)
+    for (spec, side), start in zip(order, starts, strict=False):
+        places[side][row_of[spec.key]] = start
+    for name in ("rank", "in_features", "out_features", "scale"):
+        places[name] = [getattr(spec, name) for spec in specs]
+    return FlatLayout(row_of, places)
 
 
 def _same_group(first: ModuleSpec, second: ModuleSpec) -> bool:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.compact import CompactAdapter, CompactLoRA, CompactVBLoRA
-from adapters.layout import Side
-from core.factors import AdapterFactors, LowRankPair, ModuleKey
+from adapters.layout import flat_layout
+from core.factors import AdapterFactors, ModuleKey
+from core.flat_factors import FlatPairs
 
 
 @torch.no_grad()
@@ -38,9 +39,8 @@ def rebuild_factors(
         buffer = values.to(device=device, dtype=dtype, copy=True)
     else:
         buffer = gather_sub_vectors(adapter, device).view(-1).to(dtype)
-    return AdapterFactors(
-        adapter.digest, _pairs(adapter, buffer), buffer.nbytes, _gains(adapter, buffer)
-    )
+    pairs = FlatPairs(buffer, flat_layout(adapter.modules))
+    return AdapterFactors(adapter.digest, pairs, buffer.nbytes, _gains(adapter, buffer))
 
 
 def gather_sub_vectors(adapter: CompactVBLoRA, device: torch.device | str = "cpu") -> Tensor:
@@ -59,19 +59,6 @@ def all_weights(weights_NJ: Tensor) -> Tensor:
     weights_NJ = weights_NJ.float()
     last_N1 = (1.0 - weights_NJ.sum(-1, keepdim=True)).clamp_min_(0.0)
     return torch.cat([weights_NJ, last_N1], dim=-1)
-
-
-def _pairs(adapter: CompactAdapter, buffer: Tensor) -> dict[ModuleKey, LowRankPair]:
-    order = adapter.factor_order
-    sizes = [spec.num_values(side) for spec, side in order]
-    pieces = buffer[: sum(sizes)].split(sizes)
-    factors: dict[Side, dict[ModuleKey, Tensor]] = {"a": {}, "b": {}}
-    for (spec, side), piece in zip(order, pieces, strict=True):
-        factors[side][spec.key] = piece.view(spec.rank, -1)
-    return {
-        spec.key: LowRankPair(factors["a"][spec.key], factors["b"][spec.key], spec.scale)
-        for spec in adapter.modules
-    }
 
 
 def _gains(adapter: CompactAdapter, buffer: Tensor) -> dict[ModuleKey, Tensor]:

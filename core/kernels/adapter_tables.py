@@ -18,6 +18,7 @@ from torch import Tensor
 
 from core.batch import AdapterRows
 from core.factors import PROJECTIONS, AdapterFactors, LowRankPair
+from core.flat_factors import FlatPairs
 from core.kernels.structs import PAIR, SEGMENT
 from core.model_config import ModelConfig
 from core.weights import FUSED_PROJECTIONS
@@ -92,6 +93,8 @@ class AdapterTables:
 
 
 def _pairs(factors: AdapterFactors, config: ModelConfig) -> npt.NDArray[np.void]:
+    if isinstance(factors.pairs, FlatPairs) and not factors.gains:
+        return _flat_records(factors.pairs, config)
     by_layer: list[dict[str, LowRankPair]] = [{} for _ in range(config.num_layers)]
     for key, pair in factors.pairs.items():
         by_layer[key.layer][key.projection] = pair
@@ -99,6 +102,19 @@ def _pairs(factors: AdapterFactors, config: ModelConfig) -> npt.NDArray[np.void]
     for key, gain_O in factors.gains.items():
         gains[key.layer][key.projection] = gain_O
     return np.concatenate([pair_records(*layer) for layer in zip(by_layer, gains, strict=True)])
+
+
+def _flat_records(pairs: FlatPairs, config: ModelConfig) -> npt.NDArray[np.void]:
+    """As `pair_records` gives them for each layer, without a tensor for each factor."""
+    buffer_V, places = pairs.buffer_V, pairs.layout.places
+    if buffer_V.dtype != torch.float32 or not buffer_V.is_contiguous():
+        raise TypeError("factors are not contiguous fp32, see AdapterFactors")
+    table = np.zeros(config.num_layers * len(PROJECTIONS), dtype=PAIR)
+    rows = [key.layer * len(PROJECTIONS) + PROJECTIONS.index(key.projection) for key in pairs]
+    for side in ("a", "b"):
+        table[side][rows] = buffer_V.data_ptr() + places[side] * buffer_V.element_size()
+    table["rank"][rows], table["scale"][rows] = places["rank"], places["scale"]
+    return table
 
 
 def pair_records(
