@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -61,7 +62,7 @@ class AdapterFactors:
     num_bytes: int
     gains: Mapping[ModuleKey, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def max_rank(self) -> int:
         """The largest rank of any pair; 0 for an adapter without pairs."""
         return max((pair.a_RI.shape[0] for pair in self.pairs.values()), default=0)

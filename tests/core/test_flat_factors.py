@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from memory_factors import MemoryFactorSource, MemoryLease
 
+from core.batch import AdapterRows
 from core.factors import AdapterFactors, ModuleKey
 from core.flat_factors import PLACE, FlatLayout, FlatPairs
-from core.kernels.adapter_tables import _pairs as addresses_of
+from core.kernels.adapter_tables import AdapterTables
 from core.model_config import ModelConfig
 
 MODULES = [  # layer, projection, rank, scale
@@ -32,6 +34,11 @@ def flat_pairs(config: ModelConfig, dtype: torch.dtype = torch.float32) -> FlatP
             start += rank * (num_in if side == "a" else num_out)
     row_of = {ModuleKey(layer, name): row for row, (layer, name, _, _) in enumerate(MODULES)}
     return FlatPairs(torch.arange(start).to(dtype), FlatLayout(row_of, places))
+
+
+def addresses_of(factors: AdapterFactors, config: ModelConfig) -> np.ndarray:
+    rows = AdapterRows(MemoryLease(MemoryFactorSource(), factors), 0, 1)
+    return AdapterTables(config).segments([rows]).tables[0].pairs
 
 
 def test_pairs_are_views_of_their_places(tiny_config: ModelConfig):
